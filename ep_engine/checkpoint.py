@@ -1,0 +1,312 @@
+"""Checkpoints that do not know the layout that wrote them: logical names, one entry per expert, a checksum for each.
+
+    FOLDER/model.json      ModelConfig
+    FOLDER/weights/        torch.distributed.checkpoint: the entries of `expected_entries`, and optimiser moments
+    FOLDER/manifest.json   checksum of every entry, the command that wrote it, training state (step, ...)
+    FOLDER/tokenizer/      Hugging Face tokenizer files, carried along
+
+A module stacks the experts of its rank, `layers.0.moe.experts.w_gate` (L, F, D); on disk each is an entry of its own,
+`layers.0.moe.experts.5.w_gate` (F, D), under its logical id, so any expert-parallel size and any placement can read it.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ep_engine import checksum
+from ep_engine.errors import Fault, UserError
+from ep_engine.model_config import ModelConfig, read_model_config
+from ep_engine.output import reported_disk_errors, whole_folder
+
+FORMAT_VERSION = 1
+
+
+def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight a checkpoint of this model holds."""
+    d, v = config.hidden_size, config.vocab_size
+    entries: dict[str, tuple[int, ...]] = {"embed.weight": (v, d)}
+    for i in range(config.num_layers):
+        at = f"layers.{i}"
+        entries |= {f"{at}.attention_norm.weight": (d,), f"{at}.ffn_norm.weight": (d,)}
+        entries |= _linears(f"{at}.attention", _attention_shapes(config), bias=config.attention_bias)
+        if config.moe is None:
+            f = config.intermediate_size
+            entries |= _linears(f"{at}.ffn", {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}, bias=config.mlp_bias)
+            continue
+        e, f = config.moe.num_experts, config.moe.expert_hidden_size
+        entries[f"{at}.moe.router.w_in"] = (e, d)
+        if config.moe.gate == "mlp":
+            entries[f"{at}.moe.router.w_out"] = (e, e)
+        for expert in range(e):
+            shapes = {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}
+            entries |= {f"{at}.moe.experts.{expert}.{name}": shape for name, shape in shapes.items()}
+    entries["norm.weight"] = (d,)
+    if not config.tie_embeddings:
+        entries["head.weight"] = (v, d)
+    return entries
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {"w_q": (q, d), "w_k": (kv, d), "w_v": (kv, d), "w_o": (d, q)}
+
+
+def _linears(at: str, shapes: Mapping[str, tuple[int, int]], *, bias: bool) -> dict[str, tuple[int, ...]]:
+    entries: dict[str, tuple[int, ...]] = {f"{at}.{name}.weight": shape for name, shape in shapes.items()}
+    return entries | ({f"{at}.{name}.bias": shape[:1] for name, shape in shapes.items()} if bias else {})
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The part of one entry that this rank holds."""
+
+    tensor: Tensor  # a view of the parameter's local memory: a load writes straight into it
+    saved: Tensor  # what torch.distributed.checkpoint is given: the DTensor, or the same view
+    first: int  # position of its first element in the whole entry
+
+
+def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]]) -> dict[str, _Shard]:
+    """Map a module's tensors to checkpoint entries.
+
+    Args:
+        named: (name, tensor) pairs; a tensor may be a DTensor sharded along dim 0.
+        expert_ids: for each `...experts` module, the logical expert id in each of its rows, -1 for an empty slot.
+    """
+    entries: dict[str, _Shard] = {}
+    for name, tensor in named:
+        module, _, leaf = name.rpartition(".")
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        first_row = _first_row(tensor)
+        if module in expert_ids:
+            for row in range(local.shape[0]):
+                expert = expert_ids[module][first_row + row]
+                if expert >= 0:
+                    entries[f"{module}.{expert}.{leaf}"] = _Shard(local[row], local[row], 0)
+        else:
+            row_size = local[0].numel() if local.shape[0] else 1
+            entries[name] = _Shard(local, tensor, first_row * row_size)
+    return entries
+
+
+def _first_row(tensor: Tensor) -> int:
+    """Row of the whole tensor that this rank's part begins with (torch.chunk along dim 0, as FSDP2 cuts)."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    rows, (mesh,) = tensor.shape[0], (tensor.device_mesh,)
+    per_rank = -(-rows // mesh.size())
+    return min(rows, per_rank * mesh.get_local_rank())
+
+
+def checksums(entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) -> dict[str, int]:
+    """Checksum of every entry, the parts of all ranks of `group` added up."""
+    mine = {name: checksum.checksum(shard.tensor, first=shard.first) for name, shard in entries.items()}
+    if group is None:
+        return mine
+    parts: list[dict[str, int]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(parts, mine, group=group)
+    return {name: checksum.add(*(p[name] for p in parts if name in p)) for part in parts for name in part}
+
+
+def save(
+    folder: Path,
+    config: ModelConfig,
+    entries: Mapping[str, _Shard],
+    *,
+    training: Mapping[str, Any] | None = None,
+    source: Path | None = None,
+    group: dist.ProcessGroup | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint; `folder` appears only when every rank has written its part.
+
+    Args:
+        entries: what this rank holds, from `module_entries`.
+        training: JSON values kept with the weights (step, data position, ...).
+        source: checkpoint or Hugging Face folder whose tokenizer files are carried along.
+        group: the ranks that save together; None in a single process.
+    """
+    sums = checksums(entries, group)
+    leader = group is None or dist.get_rank(group) == 0
+    where = [str(folder)]
+    error: Exception | None = None
+    context = whole_folder(folder, overwrite=overwrite) if leader else None
+    try:
+        if context is not None:
+            where = [str(context.__enter__())]
+        if group is not None:
+            dist.broadcast_object_list(where, group_src=0, group=group)
+        with reported_disk_errors(folder):
+            _save_weights(Path(where[0]) / "weights", entries, group)
+            if leader:
+                _save_words(Path(where[0]), config, sums, training or {}, source)
+    except Exception as caught:
+        error = caught
+    if context is not None:
+        _close(context, error, folder)
+    elif error is not None:
+        raise _save_fault(folder, error)
+    if group is not None:
+        dist.barrier(group)
+
+
+def _close(context: Any, error: Exception | None, folder: Path) -> None:
+    if error is None:
+        context.__exit__(None, None, None)
+        return
+    try:
+        context.__exit__(type(error), error, error.__traceback__)
+    except Exception as raised:
+        raise _save_fault(folder, raised) from error
+
+
+def _save_fault(folder: Path, error: Exception) -> Exception:
+    """torch.distributed.checkpoint wraps what a rank's disk said; keep the words, drop the layers around them."""
+    if isinstance(error, (Fault, UserError)):
+        return error
+    return Fault(f"checkpoint {folder} was not written ({error}); the previous one is untouched")
+
+
+def _save_weights(path: Path, entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) -> None:
+    state = {name: shard.saved for name, shard in entries.items()}
+    dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
+
+
+def _save_words(
+    folder: Path, config: ModelConfig, sums: Mapping[str, int], training: Mapping[str, Any], source: Path | None
+) -> None:
+    (folder / "model.json").write_text(config.model_dump_json(indent=1))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "training": dict(training),
+        "checksums": {name: f"{value:016x}" for name, value in sorted(sums.items())},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    tokenizer = tokenizer_folder(source)
+    if tokenizer is not None:
+        (folder / "tokenizer").mkdir()
+        for file in tokenizer.iterdir():
+            if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
+                shutil.copy(file, folder / "tokenizer" / file.name)
+
+
+def tokenizer_folder(source: Path | None) -> Path | None:
+    """Where a checkpoint or a Hugging Face folder keeps its tokenizer; None if it has none."""
+    for folder in (source / "tokenizer", source) if source else ():
+        if (folder / "tokenizer_config.json").exists():
+            return folder
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; UserError if `folder` is not one."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"checkpoint {folder} has format version {manifest['format_version']}, this engine reads {FORMAT_VERSION}; "
+            "convert it with the engine that wrote it"
+        )
+    return manifest
+
+
+def load(folder: Path, entries: Mapping[str, _Shard], *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Fill `entries` in place from a checkpoint of any layout and check every checksum.
+
+    Returns:
+        The training values that were saved with it.
+
+    Raises:
+        UserError: an entry is missing or has another shape.
+        Fault: an entry does not have the checksum it was saved with.
+    """
+    manifest = read_manifest(folder)
+    _check_shapes(folder, entries)
+    state = {name: shard.saved for name, shard in entries.items()}
+    with torch.no_grad():
+        dcp.load(state, checkpoint_id=folder / "weights", process_group=group, no_dist=group is None)
+    for name, value in checksums(entries, group).items():
+        if f"{value:016x}" != manifest["checksums"][name]:
+            raise Fault(
+                f"{name} in {folder} has checksum {value:016x}, it was saved with {manifest['checksums'][name]}; "
+                "the file is damaged, restore it"
+            )
+    training: dict[str, Any] = manifest["training"]
+    return training
+
+
+def _check_shapes(folder: Path, entries: Mapping[str, _Shard]) -> None:
+    stored = stored_shapes(folder)
+    for name, shard in entries.items():
+        if name not in stored:
+            raise UserError(f"checkpoint {folder} has no entry {name}; it is of another model")
+        if stored[name] != tuple(shard.saved.shape):
+            raise UserError(
+                f"{name} in {folder} has shape {stored[name]}, the model expects {tuple(shard.saved.shape)}; "
+                "it is of another model"
+            )
+
+
+def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint, from its index alone."""
+    try:
+        metadata = dcp.FileSystemReader(folder / "weights").read_metadata()
+    except (FileNotFoundError, EOFError) as error:
+        raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
+    entries = metadata.state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, dcp.metadata.TensorStorageMetadata)}
+
+
+def write_model(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    source: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write whole tensors, one per name of `expected_entries`, as a checkpoint, from a single process.
+
+    Raises:
+        UserError: a tensor is missing, unknown or has the wrong shape: nothing is dropped without a word.
+    """
+    expected = expected_entries(config)
+    for name in expected.keys() ^ tensors.keys():
+        kind = "is missing" if name in expected else "is not known to the model"
+        raise UserError(f"tensor {name} {kind} ({len(tensors)} given, {len(expected)} expected); nothing was written")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, model.json says {shape}; nothing was written")
+    entries = {name: _Shard(tensors[name], tensors[name], 0) for name in expected}
+    save(folder, config, entries, source=source, overwrite=overwrite)
+
+
+def read_model(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The configuration and every weight of a checkpoint, checksums verified, in a single process."""
+    config = read_model_config(folder / "model.json")
+    dtypes = {
+        name: entry.properties.dtype
+        for name, entry in dcp.FileSystemReader(folder / "weights").read_metadata().state_dict_metadata.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in expected_entries(config).items():
+            tensor = torch.empty(shape, dtype=dtypes.get(name))
+            load(folder, {name: _Shard(tensor, tensor, 0)})
+            yield name, tensor
+
+    return config, tensors()

@@ -1,0 +1,17 @@
+"""The two ways a command ends badly, and the exit status of each.
+
+A `UserError` is one sentence: what must hold, the values that were given, what to do. It is raised before any process
+group, memory or output exists. A `Fault` happened on the way: NaN, a full disk, a dead peer.
+"""
+
+
+class UserError(ValueError):
+    """The user asked for something impossible; the command prints the sentence and exits with status 2."""
+
+    exit_status = 2
+
+
+class Fault(RuntimeError):
+    """Something broke while running; the command prints the sentence and exits with status 1."""
+
+    exit_status = 1

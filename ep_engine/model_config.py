@@ -1,0 +1,157 @@
+"""What a model is: the sizes, the routing rule and its tables. Stored as `model.json` in every checkpoint.
+
+Nothing here says how the model is run (ranks, steps, data): that is `config.py`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from ep_engine.errors import UserError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RoutingConfig(_Part):
+    """The selection rule of every MoE layer and the tables it reads."""
+
+    rule: Literal["topk", "c2r", "c2r_grouped"] = "topk"
+    top_t: int | None = None
+    """T of C2R: how many collaborators of the top-1 expert are candidates, in k-1..E-1."""
+    lists: list[list[list[int]]] | None = None
+    """[L][E][E]: row i is a permutation of the experts, closest collaborator of i first, i itself last."""
+    max_devices: int | None = None
+    """M of c2r_grouped: a token's experts live on at most this many devices."""
+    device_of_expert: list[list[int]] | None = None
+    """[L][E]: the device each expert lives on; c2r_grouped reads it."""
+
+
+class MoEConfig(_Part):
+    """The shape of every mixture-of-experts layer of the model."""
+
+    num_experts: int
+    """E."""
+    top_k: int
+    """K, experts chosen per token."""
+    expert_hidden_size: int
+    """F, hidden width of one expert."""
+    gate: Literal["linear", "mlp"] = "mlp"
+    """`linear`: one (E, D) matrix. `mlp`: (E, D), tanh, (E, E), as in LLaMA-MoE v1."""
+    score_scale: float = 1.0
+    """Factor on the combine weights; E / K keeps the magnitude of a split dense layer (specification of LLaMA-MoE)."""
+    routing: RoutingConfig = RoutingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        e, k, rule = self.num_experts, self.top_k, self.routing
+        if not 1 <= k <= e:
+            raise ValueError(f"moe.top_k ({k}) must be in 1..moe.num_experts ({e}); choose fewer experts per token")
+        if rule.rule == "topk":
+            return self
+        if rule.lists is None:
+            raise ValueError(f"routing.rule {rule.rule} needs collaboration lists, got none; give routing.profile")
+        top_t = rule.top_t
+        if top_t is None or not k - 1 <= top_t <= e - 1:
+            raise ValueError(
+                f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; choose it there"
+            )
+        for layer, rows in enumerate(rule.lists):
+            check_lists(rows, e, where=f"layer {layer}")
+        if rule.rule == "c2r_grouped":
+            self._check_groups()
+        return self
+
+    def _check_groups(self) -> None:
+        rule = self.routing
+        if rule.device_of_expert is None or rule.max_devices is None:
+            raise ValueError("routing.rule c2r_grouped needs a placement and routing.max_devices; give both")
+        for layer, devices in enumerate(rule.device_of_expert):
+            if len(devices) != self.num_experts:
+                raise ValueError(
+                    f"routing.device_of_expert of layer {layer} has {len(devices)} entries, the layer has "
+                    f"{self.num_experts} experts; make the placement from a profile of this model"
+                )
+            smallest = sorted(devices.count(d) for d in set(devices))[: rule.max_devices]
+            if sum(smallest) < self.top_k:
+                raise ValueError(
+                    f"routing.max_devices ({rule.max_devices}) devices of layer {layer} may hold only {sum(smallest)} "
+                    f"experts, fewer than top_k ({self.top_k}); allow more devices per token"
+                )
+
+
+class ModelConfig(_Part):
+    """A decoder of the LLaMA kind, dense or with MoE layers."""
+
+    vocab_size: int
+    hidden_size: int
+    """D."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Hidden width of the dense FFN (of all experts together in a split model)."""
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    """Hugging Face's rope parameters; types `default`, `linear` and `llama3` are known."""
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    moe: MoEConfig | None = None
+    """None: every layer has a dense FFN."""
+    carried: dict[str, Any] = {}
+    """Keys of the source's config.json that the engine does not read; written back at export."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}); "
+                "query heads share key heads evenly"
+            )
+        routing = self.moe.routing if self.moe else RoutingConfig()
+        for name in ("lists", "device_of_expert"):
+            table = getattr(routing, name)
+            if table is not None and len(table) != self.num_layers:
+                raise ValueError(
+                    f"routing.{name} has {len(table)} layers, the model has {self.num_layers}; use a profile of this model"
+                )
+        return self
+
+
+def check_lists(rows: list[list[int]], num_experts: int, *, where: str) -> None:
+    """Raise ValueError unless every row i is a permutation of 0..E-1 with i in last place."""
+    if len(rows) != num_experts:
+        raise ValueError(f"collaboration list of {where} has {len(rows)} rows, expected {num_experts}; one per expert")
+    for i, row in enumerate(rows):
+        if sorted(row) != list(range(num_experts)) or row[-1] != i:
+            raise ValueError(
+                f"collaboration list of {where}, expert {i} must be a permutation of 0..{num_experts - 1} that ends "
+                f"with {i}, got {row[:8]}{'...' if len(row) > 8 else ''}; write it again with `ep-engine profile`"
+            )
+
+
+def first_sentence(error: ValidationError) -> str:
+    """The first problem pydantic found, as one sentence that begins with the key."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    text = problem["msg"].removeprefix("Value error, ")
+    return text if problem["type"] == "value_error" else f"{key}: {text}, got {problem['input']!r}; correct the value"
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read `model.json`; UserError if it is missing or not a valid model."""
+    try:
+        return ModelConfig.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path.parent} holds no engine checkpoint (no {path.name}); make one with `python -m checkpoint_tools convert`"
+        ) from None
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_sentence(error)}") from None
