@@ -10,9 +10,12 @@ A module stacks the experts of its rank, `layers.0.moe.experts.w_gate` (L, F, D)
 """
 
 import json
+import pickle
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +181,16 @@ def _save_fault(folder: Path, error: Exception) -> Exception:
 
 def _save_weights(path: Path, entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) -> None:
     state = {name: shard.saved for name, shard in entries.items()}
-    dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
+    with _single_process_is_meant():
+        dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
+
+
+@contextmanager
+def _single_process_is_meant() -> Iterator[None]:
+    """torch.distributed.checkpoint warns about a single process even where `no_dist` asks for it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _save_words(
@@ -204,7 +216,7 @@ def _save_words(
 def tokenizer_folder(source: Path | None) -> Path | None:
     """Where a checkpoint or a Hugging Face folder keeps its tokenizer; None if it has none."""
     for folder in (source / "tokenizer", source) if source else ():
-        if (folder / "tokenizer_config.json").exists():
+        if any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
             return folder
     return None
 
@@ -236,7 +248,7 @@ def load(folder: Path, entries: Mapping[str, _Shard], *, group: dist.ProcessGrou
     manifest = read_manifest(folder)
     _check_shapes(folder, entries)
     state = {name: shard.saved for name, shard in entries.items()}
-    with torch.no_grad():
+    with torch.no_grad(), _single_process_is_meant():
         dcp.load(state, checkpoint_id=folder / "weights", process_group=group, no_dist=group is None)
     for name, value in checksums(entries, group).items():
         if f"{value:016x}" != manifest["checksums"][name]:
@@ -262,12 +274,15 @@ def _check_shapes(folder: Path, entries: Mapping[str, _Shard]) -> None:
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint, from its index alone."""
-    try:
-        metadata = dcp.FileSystemReader(folder / "weights").read_metadata()
-    except (FileNotFoundError, EOFError) as error:
-        raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
-    entries = metadata.state_dict_metadata.items()
+    entries = _read_metadata(folder).state_dict_metadata.items()
     return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, dcp.metadata.TensorStorageMetadata)}
+
+
+def _read_metadata(folder: Path) -> dcp.metadata.Metadata:
+    try:
+        return dcp.FileSystemReader(folder / "weights").read_metadata()
+    except (FileNotFoundError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
 
 
 def write_model(
@@ -299,14 +314,10 @@ def read_model(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]
     config = read_model_config(folder / "model.json")
     dtypes = {
         name: entry.properties.dtype
-        for name, entry in dcp.FileSystemReader(folder / "weights").read_metadata().state_dict_metadata.items()
+        for name, entry in _read_metadata(folder).state_dict_metadata.items()
         if isinstance(entry, dcp.metadata.TensorStorageMetadata)
     }
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in expected_entries(config).items():
-            tensor = torch.empty(shape, dtype=dtypes.get(name))
-            load(folder, {name: _Shard(tensor, tensor, 0)})
-            yield name, tensor
-
-    return config, tensors()
+    shapes = expected_entries(config)
+    tensors = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
+    load(folder, {name: _Shard(tensor, tensor, 0) for name, tensor in tensors.items()})
+    return config, iter(tensors.items())

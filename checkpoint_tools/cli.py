@@ -1,0 +1,126 @@
+"""The command line: `python -m checkpoint_tools inspect | split | convert | export | verify`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.exceptions import TyperException
+
+from ep_engine.errors import Fault, UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, help=__doc__)
+
+Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
+Out = Annotated[Path, typer.Argument(help="folder to write")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")]
+Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
+
+
+def exit_with_sentence(command: typer.Typer) -> NoReturn:
+    """Run a command line and exit: status 2 for what the user got wrong, 1 for a fault, each with one sentence."""
+    try:
+        sys.exit(command(standalone_mode=False))
+    except TyperException as error:
+        status, sentence = error.exit_code, f"{error.format_message().rstrip('.')}; see --help"
+    except (UserError, Fault) as error:
+        status, sentence = error.exit_status, str(error)
+    except OSError as error:
+        status, sentence = 1, f"{error.filename or 'the operating system'}: {error.strerror or error}"
+    except (typer.Abort, KeyboardInterrupt):
+        status, sentence = 130, "interrupted; nothing was written"
+    typer.echo(" ".join(sentence.split()), err=True)
+    sys.exit(status)
+
+
+@app.command("inspect")
+def inspect_command(folder: Folder, as_json: Json = False) -> None:
+    """Show what a model folder holds; --json adds shape, dtype and checksum of every entry."""
+    from checkpoint_tools.inspect import inspect
+
+    found = inspect(folder)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    moe = found.config.moe
+    experts = f"{moe.num_experts} experts, top-{moe.top_k}, {moe.routing.rule}" if moe else "dense"
+    typer.echo(f"{found.folder}: {found.kind}, {found.architecture}, {found.config.num_layers} layers, {experts}")
+    typer.echo(
+        f"{len(found.entries)} entries, {found.num_parameters:,} parameters, {found.num_active_parameters:,} active, "
+        f"{found.num_bytes / 2**30:.2f} GiB"
+    )
+
+
+@app.command("convert")
+def convert_command(source: Folder, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+    """Turn a Hugging Face folder into an engine checkpoint."""
+    from checkpoint_tools.convert import convert
+
+    convert(source, out, overwrite=overwrite)
+    _report_written(out, as_json)
+
+
+@app.command("export")
+def export_command(source: Folder, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+    """Turn an engine checkpoint into a Hugging Face folder."""
+    from checkpoint_tools.export import export
+
+    export(source, out, overwrite=overwrite)
+    _report_written(out, as_json)
+
+
+@app.command("split")
+def split_command(
+    source: Folder,
+    out: Out,
+    num_experts: Annotated[int, typer.Option(help="experts per layer; must divide the FFN width")],
+    top_k: Annotated[int, typer.Option(help="experts per token")],
+    method: Annotated[str, typer.Option(help="how neurons are given to experts: random")] = "random",
+    seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
+    gate: Annotated[str, typer.Option(help="router: mlp or linear")] = "mlp",
+    score_scale: Annotated[float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Split the FFNs of a dense model into experts; all experts together are the dense model, which is checked."""
+    from checkpoint_tools.split import SplitOptions, split
+
+    if method != "random":
+        raise UserError(f"--method is {method!r}, known is random; choose it")
+    options = SplitOptions(num_experts, top_k, seed, gate, score_scale)
+    split(source, out, options, overwrite=overwrite)
+    _report_written(out, as_json)
+
+
+@app.command("verify")
+def verify_command(
+    first: Folder,
+    second: Folder,
+    all_experts: Annotated[bool, typer.Option("--all-experts", help="every expert on: a split model against its source")] = False,
+    seed: Annotated[int, typer.Option(help="of the random tokens")] = 0,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="relative to the largest logit, fp32")] = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """Compare two model folders; exit status 1 if they are not the same model."""
+    from checkpoint_tools.verify import verify
+
+    found = verify(first, second, all_experts=all_experts, seed=seed, tolerance=tolerance)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        typer.echo("\n".join(found.sentences()))
+    if not found.same:
+        raise typer.Exit(1)
+
+
+def _report_written(out: Path, as_json: bool) -> None:
+    """Say what now stands on disk, from a look at the configuration alone."""
+    if as_json:
+        _print_json({"written": str(out)})
+    else:
+        typer.echo(f"wrote {out}")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=1))

@@ -1,0 +1,107 @@
+"""Configuration of LLaMA-MoE with constrained routing, for `trust_remote_code` in transformers 4.48 to 5.x.
+
+The fields are those of the published LLaMA-MoE v1 and C2R models; `routing_rule`, `max_devices` and `device_of_expert`
+are ours. What this modeling file does not compute is refused here, never ignored.
+"""
+
+from typing import Any, ClassVar
+
+from transformers import LlamaConfig
+
+RULES = ("topk", "c2r", "c2r_grouped")
+# Options of the published configuration class that change the mathematics, and the one value implemented here.
+FIXED = {
+    "gate_type": "TopKBalancedNoisyGate",
+    "calculator_type": "UniversalCalculator",
+    "gate_use_softmax": True,
+    "gate_add_noise": False,
+    "multiply_gate_scores": True,
+    "add_weight_norm": False,
+}
+
+
+class LlamaMoEConfig(LlamaConfig):
+    """A LLaMA whose FFNs are mixtures of experts.
+
+    Args:
+        num_experts: E, experts per layer.
+        num_selects: K, experts chosen per token, in 1..E.
+        size_experts: [L][E], hidden width of every expert, all equal; None: intermediate_size / E each.
+        gate_network: `linear`, one (E, D) matrix, or `mlp`, (E, D), tanh, (E, E).
+        score_scale_factor: factor on the combine weights.
+        routing_rule: `topk`, `c2r` (arXiv:2504.01337) or `c2r_grouped`; None: `c2r` if there is a list, else `topk`.
+        top_t: T, how many collaborators of the top-1 expert are candidates, in K-1..E-1.
+        collaborative_list: [L][E][E], row i: all experts, closest collaborator of i first, i itself last.
+        max_devices: M of `c2r_grouped`, in 1..: the experts of a token live on at most M devices.
+        device_of_expert: [L][E], the device of every expert; `c2r_grouped` reads it.
+
+    Raises:
+        ValueError: an option asks for what this file does not compute.
+    """
+
+    model_type = "llama_moe"
+    # LLaMA's plan also cuts mlp.gate_proj and its fellows, which this model does not have.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        f"layers.*.self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"
+    }
+
+    def __init__(
+        self,
+        num_experts: int = 16,
+        num_selects: int = 4,
+        size_experts: list[list[int]] | None = None,
+        gate_network: str = "mlp",
+        score_scale_factor: float = 1.0,
+        routing_rule: str | None = None,
+        top_t: int | None = None,
+        collaborative_list: list[list[list[int]]] | None = None,
+        max_devices: int | None = None,
+        device_of_expert: list[list[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_experts = num_experts
+        self.num_selects = num_selects
+        self.size_experts = size_experts
+        self.gate_network = gate_network
+        self.score_scale_factor = score_scale_factor
+        self.routing_rule = routing_rule or ("topk" if collaborative_list is None else "c2r")
+        self.top_t = top_t
+        self.collaborative_list = collaborative_list
+        self.max_devices = max_devices
+        self.device_of_expert = device_of_expert
+        for name, only in FIXED.items():
+            setattr(self, name, kwargs.pop(name, only))
+        super().__init__(**kwargs)
+        self._check_moe()
+
+    def expert_size(self) -> int:
+        """F, the hidden width of every expert."""
+        return self.size_experts[0][0] if self.size_experts else self.intermediate_size // self.num_experts
+
+    def _check_moe(self) -> None:
+        for name, only in FIXED.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, this modeling file computes only {only!r}")
+        e, k = self.num_experts, self.num_selects
+        if not 1 <= k <= e:
+            raise ValueError(f"num_selects ({k}) must be in 1..num_experts ({e})")
+        if not self.size_experts and self.intermediate_size % e:
+            raise ValueError(f"num_experts ({e}) must divide intermediate_size ({self.intermediate_size})")
+        if self.size_experts and len({size for layer in self.size_experts for size in layer}) != 1:
+            raise ValueError(f"size_experts must all be equal, got {self.size_experts[0]} in layer 0")
+        if not isinstance(self.score_scale_factor, (int, float)):
+            raise ValueError(f"score_scale_factor must be one number, got {self.score_scale_factor!r}")
+        if self.routing_rule not in RULES:
+            raise ValueError(f"routing_rule is {self.routing_rule!r}, known are {', '.join(RULES)}")
+        if self.routing_rule == "topk":
+            return
+        if self.collaborative_list is None or self.top_t is None or not k - 1 <= self.top_t <= e - 1:
+            raise ValueError(
+                f"routing_rule {self.routing_rule} needs collaborative_list and top_t in {k - 1}..{e - 1}, "
+                f"got top_t {self.top_t}"
+            )
+        if self.routing_rule == "c2r_grouped" and (self.device_of_expert is None or self.max_devices is None):
+            raise ValueError("routing_rule c2r_grouped needs device_of_expert and max_devices")
+
+
+__all__ = ["LlamaMoEConfig"]
