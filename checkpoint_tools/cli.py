@@ -9,6 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 from ep_engine.errors import Fault, UserError
+from ep_engine.model_config import ModelConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -57,8 +58,7 @@ def convert_command(source: Folder, out: Out, overwrite: Overwrite = False, as_j
     """Turn a Hugging Face folder into an engine checkpoint."""
     from checkpoint_tools.convert import convert
 
-    convert(source, out, overwrite=overwrite)
-    _report_written(out, as_json)
+    _report_written(out, convert(source, out, overwrite=overwrite), as_json)
 
 
 @app.command("export")
@@ -66,8 +66,7 @@ def export_command(source: Folder, out: Out, overwrite: Overwrite = False, as_js
     """Turn an engine checkpoint into a Hugging Face folder."""
     from checkpoint_tools.export import export
 
-    export(source, out, overwrite=overwrite)
-    _report_written(out, as_json)
+    _report_written(out, export(source, out, overwrite=overwrite), as_json)
 
 
 @app.command("split")
@@ -89,8 +88,7 @@ def split_command(
     if method != "random":
         raise UserError(f"--method is {method!r}, known is random; choose it")
     options = SplitOptions(num_experts, top_k, seed, gate, score_scale)
-    split(source, out, options, overwrite=overwrite)
-    _report_written(out, as_json)
+    _report_written(out, split(source, out, options, overwrite=overwrite), as_json)
 
 
 @app.command("verify")
@@ -114,12 +112,12 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _report_written(out: Path, as_json: bool) -> None:
-    """Say what now stands on disk, from a look at the configuration alone."""
+def _report_written(out: Path, model: ModelConfig, as_json: bool) -> None:
     if as_json:
-        _print_json({"written": str(out)})
+        _print_json({"written": str(out), "model": model.model_dump(exclude={"carried"})})
     else:
-        typer.echo(f"wrote {out}")
+        experts = f"{model.moe.num_experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
+        typer.echo(f"wrote {out}: {model.num_layers} layers, {experts}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

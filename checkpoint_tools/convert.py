@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from checkpoint_tools.source import open_source
+from checkpoint_tools.source import check_apart, open_source
 from ep_engine.checkpoint import write_model
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig
@@ -17,6 +17,7 @@ def convert(source: Path, out: Path, *, overwrite: bool = False) -> ModelConfig:
     Raises:
         UserError: `source` is no complete Hugging Face model, or `out` exists and `overwrite` is not set.
     """
+    check_apart(source, out)
     check_output_folder(out, overwrite=overwrite)
     model = open_source(source)
     if model.kind != "huggingface":

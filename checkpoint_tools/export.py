@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoint_tools.families import family_of_model
 from checkpoint_tools.progress import track
-from checkpoint_tools.source import GENERATION, open_source
+from checkpoint_tools.source import GENERATION, check_apart, open_source
 from ep_engine.checkpoint import tokenizer_folder
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig
@@ -39,6 +39,7 @@ def export(source: Path, out: Path, *, overwrite: bool = False, shard_bytes: int
         UserError: `source` is no complete engine checkpoint, or `out` exists and `overwrite` is not set.
         Fault: an entry does not have the checksum it was saved with, or the disk is full.
     """
+    check_apart(source, out)
     check_output_folder(out, overwrite=overwrite)
     model = open_source(source)
     if model.kind != "engine":

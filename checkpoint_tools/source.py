@@ -62,6 +62,13 @@ def open_source(folder: Path) -> Source:
     return Source(folder, "huggingface", family, config, {entry: hf.tensor(key) for entry, key in keys.items()})
 
 
+def check_apart(source: Path, out: Path) -> None:
+    """UserError if writing `out` would replace the source or a folder that holds it."""
+    here, there = source.resolve(), out.resolve()
+    if there == here or there in here.parents:
+        raise UserError(f"output {out} would replace the source {source}; choose another folder")
+
+
 def _check_count(hf: HFDirectory, config: ModelConfig, where: str) -> None:
     """Refuse absurd sizes before a list as long as they say is made."""
     least = config.num_layers * (config.moe.num_experts if config.moe else 1)

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from checkpoint_tools.progress import track
-from checkpoint_tools.source import Source, open_source
+from checkpoint_tools.source import Source, check_apart, open_source
 from ep_engine.checkpoint import write_model
 from ep_engine.checksum import checksum
 from ep_engine.errors import Fault, UserError
@@ -58,6 +58,7 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
         UserError: the model is a MoE already or has FFN biases, the sizes do not fit, or `out` exists.
         Fault: the experts together are not the dense FFN.
     """
+    check_apart(source, out)
     check_output_folder(out, overwrite=overwrite)
     model = open_source(source)
     config = moe_config(model.config, options)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from ep_engine import checksum
@@ -170,6 +171,7 @@ def _close(context: Any, error: Exception | None, folder: Path) -> None:
         context.__exit__(type(error), error, error.__traceback__)
     except Exception as raised:
         raise _save_fault(folder, raised) from error
+    raise _save_fault(folder, error)  # __exit__ returns, and does not raise, where the error passed through unchanged
 
 
 def _save_fault(folder: Path, error: Exception) -> Exception:
@@ -181,16 +183,24 @@ def _save_fault(folder: Path, error: Exception) -> Exception:
 
 def _save_weights(path: Path, entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) -> None:
     state = {name: shard.saved for name, shard in entries.items()}
-    with _single_process_is_meant():
+    with _plain_words():
         dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _single_process_is_meant() -> Iterator[None]:
-    """torch.distributed.checkpoint warns about a single process even where `no_dist` asks for it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _plain_words() -> Iterator[None]:
+    """Make torch.distributed.checkpoint speak plainly.
+
+    It wraps what went wrong on a rank in a BaseException, which `except Exception` lets through, and it warns about a
+    single process even where `no_dist` asks for one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
 
 
 def _save_words(
@@ -227,9 +237,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {folder} has format version {manifest['format_version']}, this engine reads {FORMAT_VERSION}; "
+            f"checkpoint {folder} has format version {manifest.get('format_version')}, this engine reads {FORMAT_VERSION}; "
             "convert it with the engine that wrote it"
         )
     return manifest
@@ -248,8 +258,12 @@ def load(folder: Path, entries: Mapping[str, _Shard], *, group: dist.ProcessGrou
     manifest = read_manifest(folder)
     _check_shapes(folder, entries)
     state = {name: shard.saved for name, shard in entries.items()}
-    with torch.no_grad(), _single_process_is_meant():
-        dcp.load(state, checkpoint_id=folder / "weights", process_group=group, no_dist=group is None)
+    try:
+        with torch.no_grad(), _plain_words():
+            dcp.load(state, checkpoint_id=folder / "weights", process_group=group, no_dist=group is None)
+    except (OSError, RuntimeError) as error:
+        words = str(error).splitlines()[0][:120]
+        raise Fault(f"weights of {folder} cannot be read ({words}); restore the missing or damaged file") from error
     for name, value in checksums(entries, group).items():
         if f"{value:016x}" != manifest["checksums"][name]:
             raise Fault(
