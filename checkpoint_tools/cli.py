@@ -78,7 +78,9 @@ def split_command(
     method: Annotated[str, typer.Option(help="how neurons are given to experts: random")] = "random",
     seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
     gate: Annotated[str, typer.Option(help="router: mlp or linear")] = "mlp",
-    score_scale: Annotated[float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")] = None,
+    score_scale: Annotated[
+        float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -95,7 +97,9 @@ def split_command(
 def verify_command(
     first: Folder,
     second: Folder,
-    all_experts: Annotated[bool, typer.Option("--all-experts", help="every expert on: a split model against its source")] = False,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="every expert on: a split model against its source")
+    ] = False,
     seed: Annotated[int, typer.Option(help="of the random tokens")] = 0,
     tolerance: Annotated[float, typer.Option(min=0.0, help="relative to the largest logit, fp32")] = 1e-5,
     as_json: Json = False,

@@ -21,6 +21,8 @@ def convert(source: Path, out: Path, *, overwrite: bool = False) -> ModelConfig:
     check_output_folder(out, overwrite=overwrite)
     model = open_source(source)
     if model.kind != "huggingface":
-        raise UserError(f"{source} is an engine checkpoint already; copy it, or turn it into a Hugging Face folder with export")
+        raise UserError(
+            f"{source} is an engine checkpoint already; copy it, or turn it into a Hugging Face folder with export"
+        )
     write_model(out, model.config, model.tensors, source=source, overwrite=overwrite)
     return model.config

@@ -87,7 +87,9 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for tensor in tensors.values())
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     for name, shard in track(list(zip(names, shards, strict=True)), "writing weights"):
         save_file(shard, folder / name, metadata={"format": "pt"})
 

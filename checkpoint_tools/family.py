@@ -54,7 +54,9 @@ class Family:
     architecture: str
     model_type: str
     transformers_class: str  # module:class that computes its logits
-    names: Callable[[ModelConfig], Mapping[str, str]]  # entry -> key; {i} layer, {e} expert; `.weight`, `.bias` left off
+    names: Callable[
+        [ModelConfig], Mapping[str, str]
+    ]  # entry -> key; {i} layer, {e} expert; `.weight`, `.bias` left off
     fields: tuple[Field, ...] = DECODER_FIELDS
     fixed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # key -> the one value computed, family default
     moe_keys: frozenset[str] = frozenset()  # keys that read_moe reads and write_moe writes
@@ -77,7 +79,9 @@ class Family:
         for key, (only, default) in self.fixed.items():
             value = config.get(key, default)
             if value != only:
-                raise UserError(f"{where}: {key} is {value!r}, the engine computes only {only!r}; it cannot read this model")
+                raise UserError(
+                    f"{where}: {key} is {value!r}, the engine computes only {only!r}; it cannot read this model"
+                )
         values = {f.name: _checked(config.get(f.key), f, where) for f in self.fields}
         values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]
         if values["head_dim"] is None:
@@ -128,7 +132,10 @@ def _checked(value: Any, f: Field, where: str) -> Any:
     if f.kind is bool:
         good, wanted = isinstance(value, bool), "true or false"
     elif f.kind is int:
-        good, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 1, "a whole number of at least 1"
+        good, wanted = (
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            "a whole number of at least 1",
+        )
     else:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good, wanted = number and math.isfinite(value) and value >= 0, "a number that is not negative"
@@ -140,7 +147,7 @@ def _checked(value: Any, f: Field, where: str) -> Any:
 def _divided(hidden_size: int, num_heads: int, where: str) -> int:
     if hidden_size % num_heads:
         raise UserError(
-            f"{where}: num_attention_heads ({num_heads}) must divide hidden_size ({hidden_size}) where head_dim is not given; "
-            "correct the file"
+            f"{where}: num_attention_heads ({num_heads}) must divide hidden_size ({hidden_size}) where head_dim "
+            "is not given; correct the file"
         )
     return hidden_size // num_heads

@@ -46,7 +46,7 @@ class HFDirectory:
         return self.shard_of[key].shapes[key]
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor in the dtype of the file, memory-mapped; UserError if it is not of a floating dtype the engine has."""
+        """A tensor in the dtype of the file, memory-mapped; UserError if that is no floating dtype of the engine."""
         tensor = self.shard_of[key].tensor(key)
         if tensor.dtype not in _DTYPES:
             raise UserError(
@@ -107,7 +107,7 @@ def _open_index(path: Path) -> dict[str, Shard]:
 
 
 def _check_inside(index: Path, name: str) -> None:
-    """Only the name is judged: a file of the Hugging Face cache is a link to elsewhere, and that is the user's doing."""
+    """Only the name is judged: files of the Hugging Face cache are links to elsewhere, and that is the user's doing."""
     normal = os.path.normpath(name)
     if os.path.isabs(name) or normal.split(os.sep)[0] in ("..", ".") or "\0" in name:
         raise UserError(f"{index} points to {name!r}, which is outside of its folder; do not use this model")
@@ -121,7 +121,7 @@ def _open_shard(path: Path) -> Shard:
 
 def _open_safetensors(path: Path) -> Shard:
     try:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")  # its stubs are not typed
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None

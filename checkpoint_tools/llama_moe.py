@@ -45,7 +45,9 @@ def read_moe(config: Mapping[str, Any], model: ModelConfig) -> MoEConfig:
             raise UserError(f"{key} must be a whole number of at least 1, got {value!r}; correct the file")
     scale = config.get("score_scale_factor", 1.0)
     if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise UserError(f"score_scale_factor must be one number, got {scale!r}; a factor per layer is not supported yet")
+        raise UserError(
+            f"score_scale_factor must be one number, got {scale!r}; a factor per layer is not supported yet"
+        )
     lists = config.get("collaborative_list")
     rule = config.get("routing_rule") or ("topk" if lists is None else "c2r")
     return MoEConfig(
@@ -55,7 +57,7 @@ def read_moe(config: Mapping[str, Any], model: ModelConfig) -> MoEConfig:
         gate=config.get("gate_network", "mlp"),
         score_scale=scale,
         routing=RoutingConfig(
-            rule=rule,
+            rule=rule,  # type: ignore[arg-type]
             top_t=config.get("top_t"),
             lists=lists,
             max_devices=config.get("max_devices"),
@@ -68,7 +70,9 @@ def _expert_size(size_experts: Any, num_experts: int, model: ModelConfig) -> int
     """F from `size_experts`, a list of E sizes per layer, or null for equal shares of intermediate_size."""
     n = model.intermediate_size
     if n % num_experts:
-        raise UserError(f"num_experts ({num_experts}) must divide intermediate_size ({n}); unequal experts are not supported yet")
+        raise UserError(
+            f"num_experts ({num_experts}) must divide intermediate_size ({n}); unequal experts are not supported yet"
+        )
     share = n // num_experts
     if size_experts is not None and not _all_equal(size_experts, (model.num_layers, num_experts), share):
         raise UserError(
@@ -118,8 +122,8 @@ FAMILY = Family(
         "add_weight_norm": (False, False),
     },
     moe_keys=frozenset(
-        "num_experts num_selects size_experts gate_network score_scale_factor routing_rule top_t collaborative_list "
-        "max_devices device_of_expert".split()
+        {"num_experts", "num_selects", "size_experts", "gate_network", "score_scale_factor"}
+        | {"routing_rule", "top_t", "collaborative_list", "max_devices", "device_of_expert"}
     ),
     read_moe=read_moe,
     write_moe=write_moe,

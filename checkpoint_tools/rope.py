@@ -30,13 +30,18 @@ def read(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] |
     partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if kind not in _PARAMETERS:
         raise UserError(
-            f"{where}: rope type {kind!r} is not known, the engine computes {', '.join(_PARAMETERS)}; it cannot read this model"
+            f"{where}: rope type {kind!r} is not known, the engine computes {', '.join(_PARAMETERS)}; "
+            "it cannot read this model"
         )
     if partial != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is {partial!r}, the engine computes only 1.0; it cannot read this model")
+        raise UserError(
+            f"{where}: partial_rotary_factor is {partial!r}, the engine computes only 1.0; it cannot read this model"
+        )
     for name, value in [("rope_theta", theta), *((name, scaling.get(name)) for name in _PARAMETERS[kind])]:
         if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise UserError(f"{where}: {name} must be a positive number for rope type {kind}, got {value!r}; correct the file")
+            raise UserError(
+                f"{where}: {name} must be a positive number for rope type {kind}, got {value!r}; correct the file"
+            )
     return float(theta), {"rope_type": kind, **scaling} if kind != "default" else None
 
 

@@ -46,8 +46,8 @@ def open_source(folder: Path) -> Source:
         return Source(folder, "engine", None, config, dict(entries))
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} is neither a Hugging Face model folder (no config.json) nor an engine checkpoint (no model.json); "
-            "give one of the two"
+            f"{folder} is neither a Hugging Face model folder (no config.json) nor an engine checkpoint (no "
+            "model.json); give one of the two"
         )
     hf = open_hf_directory(folder)
     where = str(folder / "config.json")
@@ -73,8 +73,9 @@ def _check_count(hf: HFDirectory, config: ModelConfig, where: str) -> None:
     """Refuse absurd sizes before a list as long as they say is made."""
     least = config.num_layers * (config.moe.num_experts if config.moe else 1)
     if least > len(hf.shard_of):
+        experts = f" of {config.moe.num_experts} experts" if config.moe else ""
         raise UserError(
-            f"{where} speaks of {config.num_layers} layers{f' of {config.moe.num_experts} experts' if config.moe else ''}, but "
+            f"{where} speaks of {config.num_layers} layers{experts}, but "
             f"the weight files hold only {len(hf.shard_of)} tensors; the two do not belong together"
         )
 
@@ -90,10 +91,14 @@ def _check_keys(hf: HFDirectory, config: ModelConfig, keys: Mapping[str, str], *
     if extra == [tied_head] and config.tie_embeddings:
         _check_tied(hf, tied_head, keys["embed.weight"])
     elif extra:
-        raise UserError(f"{hf.folder} holds {_some(extra)}, which config.json has no place for; nothing is skipped silently")
+        raise UserError(
+            f"{hf.folder} holds {_some(extra)}, which config.json has no place for; nothing is skipped silently"
+        )
     for key, shape in wanted.items():
         if hf.shape(key) != shape:
-            raise UserError(f"{key} in {hf.folder} has shape {hf.shape(key)}, config.json says {shape}; correct one of the two")
+            raise UserError(
+                f"{key} in {hf.folder} has shape {hf.shape(key)}, config.json says {shape}; correct one of the two"
+            )
 
 
 def _check_tied(hf: HFDirectory, head: str, embed: str) -> None:

@@ -63,7 +63,9 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
     model = open_source(source)
     config = moe_config(model.config, options)
     width = model.config.intermediate_size
-    partition = [random_partition(width, options.num_experts, options.seed, layer) for layer in range(config.num_layers)]
+    partition = [
+        random_partition(width, options.num_experts, options.seed, layer) for layer in range(config.num_layers)
+    ]
     tensors = {name: tensor for name, tensor in model.tensors.items() if ".ffn." not in name}
     for layer in track(range(config.num_layers), "splitting layers"):
         ffn = {name: model.tensors[f"layers.{layer}.ffn.{name}.weight"] for name in _WEIGHTS}
@@ -92,7 +94,9 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
     if dense.moe is not None:
         raise UserError(f"the model has {dense.moe.num_experts} experts per layer already; split takes a dense model")
     if dense.mlp_bias:
-        raise UserError("the FFNs have biases (mlp_bias is true), which no expert can own; split takes FFNs without biases")
+        raise UserError(
+            "the FFNs have biases (mlp_bias is true), which no expert can own; split takes FFNs without biases"
+        )
     if e < 1 or width % e:
         near = [n for n in range(1, min(width, 256) + 1) if width % n == 0]
         best = sorted(sorted(near, key=lambda n: abs(n - e))[:3])
@@ -129,7 +133,9 @@ def _gate(config: ModelConfig, options: SplitOptions, layer: int, dtype: torch.d
     e, random = options.num_experts, np.random.default_rng([options.seed, _GATE, layer])
     shapes = {"w_in": (e, config.hidden_size)} | ({"w_out": (e, e)} if options.gate == "mlp" else {})
     draws = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
-    return {name: torch.from_numpy(draw * np.float32(config.initializer_range)).to(dtype) for name, draw in draws.items()}
+    return {
+        name: torch.from_numpy(draw * np.float32(config.initializer_range)).to(dtype) for name, draw in draws.items()
+    }
 
 
 def check_identity(
@@ -145,7 +151,9 @@ def check_identity(
     """
     width, d = ffn["w_gate"].shape
     if not np.array_equal(np.sort(np.concatenate(partition)), np.arange(width)):
-        raise Fault(f"the partition of layer {layer} does not hold each of {width} neurons once; this is our bug, report it")
+        raise Fault(
+            f"the partition of layer {layer} does not hold each of {width} neurons once; this is our bug, report it"
+        )
     generator = torch.Generator().manual_seed(layer)
     x = torch.randn(_CHECK_TOKENS, d, dtype=torch.float64, generator=generator)
     dense = _ffn(x, ffn)

@@ -64,7 +64,8 @@ def verify(
     """Compare two folders, each a Hugging Face model or an engine checkpoint.
 
     Args:
-        first, second: the folders.
+        first: a folder.
+        second: the folder to compare it with.
         all_experts: run MoE models with every expert on, weight 1, so that a split model can be compared with its dense
             source; FFN entries and routing are then not compared one by one.
         seed: of the random tokens.
@@ -176,8 +177,9 @@ def _transformers_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:
     model_class = getattr(import_module(module), name)
     model, info = model_class.from_pretrained(source.folder, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
+        key = min(info["missing_keys"])
         raise Fault(
-            f"transformers {transformers.__version__} did not load {sorted(info['missing_keys'])[0]} from {source.folder}; "
+            f"transformers {transformers.__version__} did not load {key} from {source.folder}; "
             "it renames this key, use another version"
         )
     return model.eval(), model.model.layers

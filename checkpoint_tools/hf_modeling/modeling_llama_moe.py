@@ -20,8 +20,8 @@ from .configuration_llama_moe import LlamaMoEConfig
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 48):
     raise ImportError(
-        f"transformers {transformers.__version__} takes keys that contain weight_g for those of a weight norm and loses "
-        "the experts' weight_gate; install transformers 4.48 or later"
+        f"transformers {transformers.__version__} takes keys that contain weight_g for those of a weight norm and "
+        "loses the experts' weight_gate; install transformers 4.48 or later"
     )
 
 
@@ -89,10 +89,11 @@ class LlamaMoEGate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x = x_TD.float()
-        if isinstance(self.gate_network, nn.Linear):
-            return F.linear(x, self.gate_network.weight.float())
-        hidden = torch.tanh(F.linear(x, self.gate_network[0].weight.float()))
-        return F.linear(hidden, self.gate_network[2].weight.float())
+        linears = [module for module in self.gate_network.modules() if isinstance(module, nn.Linear)]
+        logits = F.linear(x, linears[0].weight.float())
+        for linear in linears[1:]:
+            logits = F.linear(torch.tanh(logits), linear.weight.float())
+        return logits
 
 
 class LlamaMoEExperts(nn.Module):
@@ -121,7 +122,7 @@ class LlamaMoECalculator(nn.Module):
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
-        for expert in ids_TK.unique().tolist():
+        for expert in torch.unique(ids_TK).tolist():
             token, slot = (ids_TK == expert).nonzero(as_tuple=True)
             y = self.experts(x_TD[token], expert).float()
             y_TD = y_TD.index_add(0, token, y * weights_TK[token, slot, None])
@@ -144,7 +145,8 @@ class LlamaMoEBlock(nn.Module):
         # Softmax keeps the order; the logits themselves are compared, so that no two scores round together.
         ids_TK = select_experts(logits_TE.detach(), self.config.num_selects, **self._routing_tables(x_TD.device))
         weights_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1) * self.config.score_scale_factor
-        return self.calculator(x_TD, ids_TK, weights_TK).reshape(hidden_states.shape)
+        y_TD: Tensor = self.calculator(x_TD, ids_TK, weights_TK)
+        return y_TD.reshape(hidden_states.shape)
 
     def _routing_tables(self, device: torch.device) -> dict[str, Any]:
         """This layer's arguments of `select_experts`.
@@ -159,12 +161,12 @@ class LlamaMoEBlock(nn.Module):
 
     def _make_tables(self, device: torch.device) -> dict[str, Any]:
         config = self.config
-        if config.routing_rule == "topk":
+        if config.routing_rule == "topk" or config.collaborative_list is None:
             return {}
         tables = {"list_EE": torch.tensor(config.collaborative_list[self.layer], device=device), "top_t": config.top_t}
-        if config.routing_rule == "c2r_grouped":
+        if config.routing_rule == "c2r_grouped" and config.device_of_expert is not None:
             devices = torch.tensor(config.device_of_expert[self.layer])
-            renumbered = devices.unique(return_inverse=True)[1].to(device)
+            renumbered = torch.unique(devices, return_inverse=True)[1].to(device)
             tables |= {"device_E": renumbered, "max_devices": config.max_devices}
         return tables
 
@@ -182,7 +184,7 @@ class _LlamaMoELoading:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        # The lists, not their owner: transformers 5.23 skips modules of remote code that have no parameters of their own.
+        # The lists, not their owner: transformers 5.23 skips modules of remote code without parameters of their own.
         if isinstance(module, nn.ParameterList):
             for weight in module:
                 nn.init.normal_(weight, mean=0.0, std=self.config.initializer_range)  # type: ignore[attr-defined]

@@ -1,0 +1,152 @@
+"""Splitting a dense model: the partition, the identity "all experts on = dense", and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint_tools.convert import convert
+from checkpoint_tools.export import export
+from checkpoint_tools.source import open_source
+from checkpoint_tools.split import SplitOptions, check_identity, random_partition, split
+from ep_engine.checkpoint import read_manifest
+from ep_engine.errors import Fault
+from tests.small_models import dense_folder, edit_json, edit_weights, moe_checkpoint, run_tool
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return dense_folder(tmp_path_factory.mktemp("models") / "dense")
+
+
+@given(num_experts=st.integers(1, 12), size=st.integers(1, 9), seed=st.integers(0, 2**40), layer=st.integers(0, 99))
+def test_partition_holds_every_neuron_once(num_experts: int, size: int, seed: int, layer: int) -> None:
+    partition = random_partition(num_experts * size, num_experts, seed, layer)
+    assert [len(neurons) for neurons in partition] == [size] * num_experts
+    assert all((np.diff(neurons) > 0).all() for neurons in partition)
+    assert sorted(np.concatenate(partition)) == list(range(num_experts * size))
+    again = random_partition(num_experts * size, num_experts, seed, layer)
+    assert all(np.array_equal(a, b) for a, b in zip(partition, again, strict=True))
+
+
+def test_layers_and_seeds_are_shuffled_apart() -> None:
+    draws = [np.concatenate(random_partition(64, 4, seed, layer)) for seed in range(3) for layer in range(3)]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+
+
+@pytest.mark.parametrize("gate", ["mlp", "linear"])
+def test_experts_are_slices_of_the_dense_ffn(dense: Path, tmp_path: Path, gate: str) -> None:
+    config = split(dense, tmp_path / "moe", SplitOptions(num_experts=6, top_k=2, seed=3, gate=gate))
+    assert config.moe is not None
+    assert (config.moe.score_scale, config.moe.expert_hidden_size) == (3.0, 8)
+    record = json.loads((tmp_path / "moe" / "split.json").read_text())
+    dense_tensors, moe_tensors = open_source(dense).tensors, open_source(tmp_path / "moe").tensors
+    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for layer, experts in enumerate(record["neurons"]):
+        w_gate, w_up, w_down = (dense_tensors[f"layers.{layer}.ffn.{n}.weight"] for n in ("w_gate", "w_up", "w_down"))
+        total = torch.zeros_like(x)
+        for e, neurons in enumerate(experts):
+            at = f"layers.{layer}.moe.experts.{e}"
+            expert = [moe_tensors[f"{at}.{n}"] for n in ("w_gate", "w_up", "w_down")]
+            for weight, expected in zip(expert, (w_gate[neurons], w_up[neurons], w_down[:, neurons]), strict=True):
+                assert torch.equal(weight, expected)
+            g, u, d = (weight.double() for weight in expert)
+            total += (F.silu(x @ g.T) * (x @ u.T)) @ d.T
+        g, u, d = w_gate.double(), w_up.double(), w_down.double()
+        torch.testing.assert_close(total, (F.silu(x @ g.T) * (x @ u.T)) @ d.T, rtol=1e-9, atol=1e-9)
+        w_in = moe_tensors[f"layers.{layer}.moe.router.w_in"]
+        assert 0.1 < float(w_in.std()) < 0.3  # initializer_range of the small models is 0.2
+        assert (f"layers.{layer}.moe.router.w_out" in moe_tensors) == (gate == "mlp")
+
+
+def test_every_expert_on_at_equal_scores_is_the_dense_model(dense: Path, tmp_path: Path) -> None:
+    """k = E, a zero gate and factor E: each expert has weight 1."""
+    from checkpoint_tools.hf_modeling.modeling_llama_moe import LlamaMoEForCausalLM
+    from transformers import LlamaForCausalLM
+
+    export(moe_checkpoint(tmp_path / "moe", dense, gate="linear"), tmp_path / "hf")
+    edit_json(tmp_path / "hf" / "config.json", lambda c: c.update(num_selects=8, score_scale_factor=8.0))
+    edit_weights(tmp_path / "hf", lambda t: [w.zero_() for name, w in t.items() if "gate_network" in name])
+    tokens = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(dense)(tokens).logits
+        logits = LlamaMoEForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_model_from_either_kind_of_source(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "engine")
+    options = SplitOptions(num_experts=8, top_k=2, seed=1)
+    for name, source, chosen in [
+        ("a", dense, options),
+        ("b", tmp_path / "engine", options),
+        ("other seed", dense, SplitOptions(num_experts=8, top_k=2, seed=2)),
+        ("other gate", dense, SplitOptions(num_experts=8, top_k=2, seed=1, gate="linear")),
+    ]:
+        split(source, tmp_path / name, chosen)
+    sums = {name: read_manifest(tmp_path / name)["checksums"] for name in ("a", "b", "other seed")}
+    records = {name: json.loads((tmp_path / name / "split.json").read_text()) for name in ("a", "b", "other gate")}
+    assert sums["a"] == sums["b"]
+    assert records["a"] == records["b"] == records["other gate"]
+    expert = "layers.0.moe.experts.0.w_up"
+    assert sums["a"][expert] != sums["other seed"][expert]
+
+
+def test_the_identity_check_finds_a_lost_and_a_changed_neuron() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ffn = {name: torch.randn(12, 8, generator=generator) for name in ("w_gate", "w_up")}
+    ffn["w_down"] = torch.randn(8, 12, generator=generator)
+    partition = random_partition(12, 3, seed=0, layer=0)
+    experts = [{n: ffn[n][:, p] if n == "w_down" else ffn[n][p] for n in ffn} for p in partition]
+    check_identity(ffn, experts, partition, layer=5)
+    twice = [partition[0], partition[0], partition[2]]
+    with pytest.raises(Fault, match="partition of layer 5 does not hold each of 12 neurons once"):
+        check_identity(ffn, experts, twice, layer=5)
+    experts[1]["w_up"][2, 3] += 1e-3
+    with pytest.raises(Fault, match="layer 5 with all experts on differs from the dense layer"):
+        check_identity(ffn, experts, partition, layer=5)
+
+
+BAD_OPTIONS = {
+    "uneven": (["--num-experts", 7, "--top-k", 2], r"--num-experts \(7\) must divide the FFN width \(48\) .* choose 4, 6, 8"),
+    "no experts": (["--num-experts", 0, "--top-k", 2], r"--num-experts \(0\) must divide"),
+    "too many selected": (["--num-experts", 4, "--top-k", 5], r"moe.top_k \(5\) must be in 1..moe.num_experts \(4\)"),
+    "none selected": (["--num-experts", 4, "--top-k", 0], r"moe.top_k \(0\) must be in 1"),
+    "unknown gate": (["--num-experts", 4, "--top-k", 2, "--gate", "gmm"], "gate: .* 'linear' or 'mlp', got 'gmm'"),
+    "unknown method": (["--num-experts", 4, "--top-k", 2, "--method", "x"], "--method is 'x', known is random"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_are_refused(name: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, sentence = BAD_OPTIONS[name]
+    assert run_tool("split", dense, tmp_path / "moe", *arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    with pytest.raises(ValueError, match=sentence):
+        raise ValueError(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_be_split_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--num-experts", 4, "--top-k", 2)
+    biased = dense_folder(tmp_path / "biased", mlp_bias=True)
+    assert run_tool("split", biased, tmp_path / "x", *sizes) == 2
+    assert "have biases (mlp_bias is true)" in capsys.readouterr().err
+    moe = moe_checkpoint(tmp_path / "moe", dense_folder(tmp_path / "dense"))
+    assert run_tool("split", moe, tmp_path / "x", *sizes) == 2
+    assert "has 8 experts per layer already" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_nan_weights_are_a_fault_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = dense_folder(tmp_path / "dense")
+    edit_weights(source, lambda t: t["model.layers.1.mlp.up_proj.weight"][0].fill_(float("nan")))
+    assert run_tool("split", source, tmp_path / "x", "--num-experts", 4, "--top-k", 2) == 1
+    assert "layer 1 with all experts on differs" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
