@@ -4,6 +4,7 @@ Every folder is run by its own code: a Hugging Face folder by transformers (a Mo
 checkpoint by the engine. Where logits differ, the first layer whose output differs is named.
 """
 
+import reprlib
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +45,10 @@ class Verification:
 
     def sentences(self) -> list[str]:
         """The findings, for people."""
-        found = [f"{name} is {a!r} in the first folder and {b!r} in the second" for name, (a, b) in self.config.items()]
+        found = [
+            f"{name} is {reprlib.repr(a)} in the first folder and {reprlib.repr(b)} in the second"  # tables are long
+            for name, (a, b) in self.config.items()
+        ]
         for what, names in (("lacks", self.missing), ("has besides", self.extra)):
             found += [f"the second folder {what} {name}" for name in names]
         found += [f"{name} differs" for name in self.different]
@@ -110,7 +114,10 @@ def _config_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, 
     """Settings that change the model and differ."""
     pairs = {name: (getattr(a, name), getattr(b, name)) for name in ModelConfig.model_fields if name not in _UNCOMPARED}
     if a.moe is not None and b.moe is not None:
-        pairs |= {f"moe.{name}": (getattr(a.moe, name), getattr(b.moe, name)) for name in type(a.moe).model_fields}
+        parts = {"moe": (a.moe, b.moe), "moe.routing": (a.moe.routing, b.moe.routing)}
+        for at, (x, y) in parts.items():
+            names = [name for name in type(x).model_fields if name != "routing"]
+            pairs |= {f"{at}.{name}": (getattr(x, name), getattr(y, name)) for name in names}
     else:
         pairs["moe"] = ("dense" if a.moe is None else "MoE", "dense" if b.moe is None else "MoE")
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,5 +1,6 @@
 """Small models that tests make, the oracle among them: real `transformers` models with random weights."""
 
+import copy
 import json
 import os
 import random
@@ -38,7 +39,8 @@ def dense_folder(folder: Path, *, dtype: torch.dtype = torch.float32, **config: 
 
     shards = {key: config.pop(key) for key in ("max_shard_size",) if key in config}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **config})).to(dtype)
+    # transformers 5 writes into the dictionaries it is given.
+    model = LlamaForCausalLM(LlamaConfig(**copy.deepcopy({**SIZES, **config}))).to(dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):  # transformers initialises them to constants
@@ -102,7 +104,8 @@ def assert_same_bits(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
 
 def run_tool(*arguments: object) -> int:
     """Exit status of `python -m checkpoint_tools ...`, run in this process; its output goes where pytest looks."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["checkpoint_tools", *map(str, arguments)])
-        exit_with_sentence(app)
+        with pytest.raises(SystemExit) as stopped:
+            exit_with_sentence(app)
     return int(stopped.value.code or 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_tools.convert import convert
@@ -24,6 +24,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dense_folder(tmp_path_factory.mktemp("models") / "dense")
 
 
+@settings(deadline=None)
 @given(num_experts=st.integers(1, 12), size=st.integers(1, 9), seed=st.integers(0, 2**40), layer=st.integers(0, 99))
 def test_partition_holds_every_neuron_once(num_experts: int, size: int, seed: int, layer: int) -> None:
     partition = random_partition(num_experts * size, num_experts, seed, layer)
@@ -65,9 +66,10 @@ def test_experts_are_slices_of_the_dense_ffn(dense: Path, tmp_path: Path, gate: 
 
 
 def test_every_expert_on_at_equal_scores_is_the_dense_model(dense: Path, tmp_path: Path) -> None:
-    """k = E, a zero gate and factor E: each expert has weight 1."""
-    from checkpoint_tools.hf_modeling.modeling_llama_moe import LlamaMoEForCausalLM
+    """With k = E, a zero gate and factor E, each expert has weight 1."""
     from transformers import LlamaForCausalLM
+
+    from checkpoint_tools.hf_modeling.modeling_llama_moe import LlamaMoEForCausalLM
 
     export(moe_checkpoint(tmp_path / "moe", dense, gate="linear"), tmp_path / "hf")
     edit_json(tmp_path / "hf" / "config.json", lambda c: c.update(num_selects=8, score_scale_factor=8.0))
@@ -113,7 +115,10 @@ def test_the_identity_check_finds_a_lost_and_a_changed_neuron() -> None:
 
 
 BAD_OPTIONS = {
-    "uneven": (["--num-experts", 7, "--top-k", 2], r"--num-experts \(7\) must divide the FFN width \(48\) .* choose 4, 6, 8"),
+    "uneven": (
+        ["--num-experts", 7, "--top-k", 2],
+        r"--num-experts \(7\) must divide the FFN width \(48\) .* choose 4, 6, 8",
+    ),
     "no experts": (["--num-experts", 0, "--top-k", 2], r"--num-experts \(0\) must divide"),
     "too many selected": (["--num-experts", 4, "--top-k", 5], r"moe.top_k \(5\) must be in 1..moe.num_experts \(4\)"),
     "none selected": (["--num-experts", 4, "--top-k", 0], r"moe.top_k \(0\) must be in 1"),
