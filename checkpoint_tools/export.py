@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from checkpoint_tools.families import family_of_model
 from checkpoint_tools.progress import track
 from checkpoint_tools.source import GENERATION, check_apart, open_source
 from ep_engine.checkpoint import tokenizer_folder
-from ep_engine.errors import UserError
+from ep_engine.errors import Fault, UserError
 from ep_engine.model_config import ModelConfig
 from ep_engine.output import check_output_folder, whole_folder
 
@@ -91,7 +92,12 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     for name, shard in track(list(zip(names, shards, strict=True)), "writing weights"):
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the disk said, but not as an OSError
+            raise Fault(
+                f"{name} could not be written ({error}); nothing was exported, free space and run again"
+            ) from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -179,7 +179,7 @@ def test_rules_differ_in_what_they_choose(tmp_path: Path) -> None:
 
 
 def test_loaded_weights_are_those_of_the_file(moe_folder: Path) -> None:
-    """No key is renamed, none initialised anew: transformers 4.48 takes `weight_gate` for a weight norm's `weight_g`."""
+    """No key renamed, none initialised anew: transformers 4.48 takes `weight_gate` for a weight norm's `weight_g`."""
     assert_same_bits(load(moe_folder).state_dict(), all_tensors(moe_folder))
 
 
