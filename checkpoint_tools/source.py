@@ -103,7 +103,8 @@ def _check_keys(hf: HFDirectory, config: ModelConfig, keys: Mapping[str, str], *
 
 def _check_tied(hf: HFDirectory, head: str, embed: str) -> None:
     """A tied model may store its head as well, if it is the same."""
-    if not torch.equal(hf.tensor(head), hf.tensor(embed)):
+    a, b = hf.tensor(head), hf.tensor(embed)
+    if a.dtype != b.dtype or not torch.equal(a, b):
         raise UserError(
             f"config.json in {hf.folder} says tie_word_embeddings, but {head} differs from {embed}; set it to false"
         )

@@ -125,6 +125,14 @@ def test_what_the_engine_does_not_read_travels_along(copy: Path, tmp_path: Path)
     assert {name: (tmp_path / "back" / name).read_text() for name in tokenizer} == tokenizer
 
 
+def test_token_ids_of_a_model_born_in_the_engine_reach_generate(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "engine")
+    ids = {"bos_token_id": 3, "eos_token_id": 4, "pad_token_id": 5}
+    edit_json(tmp_path / "engine" / "model.json", lambda model: model.update(carried=ids))
+    export(tmp_path / "engine", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == ids
+
+
 def test_rotary_buffers_and_an_equal_tied_head_are_no_extra_keys(tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "source", tie_word_embeddings=True)
 
