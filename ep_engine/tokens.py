@@ -1,0 +1,286 @@
+"""Token files in Megatron's `.bin/.idx` format, and the batches that training and evaluation read from them.
+
+    corpus (text) -> [token files -> batches] -> model
+
+A token file is one long stream: its documents, each closed by the end-of-text token, one after another. Window w of
+length S holds stream positions w*S .. w*S + S: inputs are its first S tokens, targets its last S, so every token but
+the first of the stream is a target exactly once.
+
+Shape letters:  B rows of the global batch   P ranks that share it   R = B / P rows of one rank   S sequence length
+"""
+
+import hashlib
+import math
+import struct
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ep_engine.errors import UserError
+from ep_engine.output import whole_file
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, number of documents + 1
+_INDEX_MAGIC = (b"MMIDIDX\x00\x00", 1)
+_INTEGER_CODES = (1, 2, 3, 4, 5, 8)  # 6 and 7 are floats: not tokens
+_TOKENS_PER_SCAN = 1 << 20  # whole-file scans hold 8 MiB at a time
+_FEISTEL_ROUNDS = 6
+
+
+def _indexed_dataset() -> ModuleType:
+    """megatron-core's file format. Imported only when token files are touched: it costs seconds, and it warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    module: ModuleType = indexed_dataset
+    return module
+
+
+def write_token_file(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab_size: int) -> tuple[int, int]:
+    """Write `prefix`.bin and `prefix`.idx, replacing an older pair; both appear whole or not at all.
+
+    Args:
+        prefix: Path without suffix.
+        documents: Each (num_tokens,) int64, ids in [0, vocab_size), end-of-text included. Read once, one at a time.
+        vocab_size: Below 65500 the file holds uint16, else int32 (Megatron's own rule).
+
+    Returns:
+        Number of tokens and number of documents written, both at least 1.
+
+    Raises:
+        UserError: the documents hold no token, or one has an id outside [0, vocab_size).
+        Fault: the disk is full.
+    """
+    megatron = _indexed_dataset()
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    with whole_file(idx_path) as idx, whole_file(bin_path) as bin_:
+        builder = megatron.IndexedDatasetBuilder(str(bin_), dtype=megatron.DType.optimal_dtype(vocab_size))
+        try:
+            for document in documents:
+                _check_ids(document, vocab_size, f"document {len(builder.sequence_lengths)} for {bin_path}")
+                builder.add_document(document, [len(document)])
+        finally:
+            builder.data_file.close()
+        num_tokens, num_documents = sum(builder.sequence_lengths), len(builder.sequence_lengths)
+        if num_tokens == 0:
+            raise UserError(f"token file {bin_path} would hold 0 tokens; give at least one readable text")
+        builder.finalize(str(idx))
+        # The new .bin takes its place first: with the old .idx gone, a stop between the two renames leaves a missing
+        # file, which is refused, and never a pair that does not belong together.
+        idx_path.unlink(missing_ok=True)
+    return num_tokens, num_documents
+
+
+class TokenFile:
+    """A memory-mapped `.bin/.idx` pair read as one stream of tokens.
+
+    Attributes:
+        num_tokens: Length of the stream, at least 1.
+        num_documents: Documents it is made of.
+
+    Raises:
+        UserError: a file of the pair is missing, cut short, empty, no Megatron index, or not of integers.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self.bin_path = Path(f"{prefix}.bin")
+        # Checked before megatron-core opens the pair: it answers by bare asserts, or maps a short .bin without a word.
+        _check_index(self.bin_path, Path(f"{prefix}.idx"))
+        self._dataset = _indexed_dataset().IndexedDataset(str(prefix))
+        self._dtype: np.dtype[np.integer] = np.dtype(self._dataset.index.dtype)
+        self.num_tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
+        self.num_documents = len(self._dataset.document_indices) - 1
+
+        num_bytes, expected_bytes = self.bin_path.stat().st_size, self.num_tokens * self._dtype.itemsize
+        if num_bytes != expected_bytes:
+            raise UserError(
+                f"token file {self.bin_path} has {num_bytes} bytes, but its .idx describes {expected_bytes}; "
+                "the pair is damaged or mixed: tokenise again"
+            )
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Copy tokens `start` .. `start + count - 1` of the stream; both ends must lie inside it.
+
+        A copy, because a view would outlive the mapping when the TokenFile goes away.
+        """
+        assert 0 <= start <= start + count <= self.num_tokens, f"[{start}, +{count}) of {self.num_tokens} tokens"
+        view = self._dataset.bin_reader.read(self._dtype, count, start * self._dtype.itemsize)
+        return np.array(view, dtype=np.int64)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """UserError if any id lies outside [0, vocab_size). Reads the whole file once, 1 Mi tokens at a time."""
+        for _ in self._scan(vocab_size):
+            pass
+
+    def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
+        """Count how often each id occurs: (vocab_size,) int64. UserError if an id lies outside [0, vocab_size)."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for ids in self._scan(vocab_size):
+            counts += np.bincount(ids, minlength=vocab_size)
+        return counts
+
+    def _scan(self, vocab_size: int) -> Iterator[NDArray[np.int64]]:
+        for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
+            ids = self.read(start, min(_TOKENS_PER_SCAN, self.num_tokens - start))
+            _check_ids(ids, vocab_size, f"token file {self.bin_path}", start)
+            yield ids
+
+
+class Batches:
+    """The training stream: all windows of a token file in a new seeded order every epoch, without end.
+
+    A batch is a function of (step, seed) alone, so a run resumes from the step number. Rows run on over the end of an
+    epoch: each window comes exactly once per `num_windows` rows, whatever the batch size. The order comes from a
+    permutation computed per row, so memory does not grow with the corpus.
+
+    Args:
+        tokens: The stream.
+        sequence_length: S, at least 1.
+        batch_size: B, rows of the global batch, at least 1.
+        seed: Any int; another seed is another order.
+
+    Raises:
+        UserError: the stream has fewer windows than one batch.
+    """
+
+    def __init__(self, tokens: TokenFile, *, sequence_length: int, batch_size: int, seed: int) -> None:
+        _check_windows(tokens, sequence_length, batch_size)
+        self.num_windows = _num_windows(tokens, sequence_length)
+        self._tokens = tokens
+        self._sequence_length = sequence_length
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
+        """Return this rank's rows of global batch `step`: inputs and targets, each (R, S) int64, contiguous.
+
+        Rank r holds rows r*R .. (r+1)*R - 1: the ranks' rows in rank order are the same batch for every P.
+
+        Raises:
+            UserError: `num_ranks` does not divide the batch size.
+        """
+        rows = _rows_of_rank(self._batch_size, rank, num_ranks)
+        numbers = (step * self._batch_size + row for row in rows)
+        windows = [self.window_of_row(number) for number in numbers]
+        return _read_windows(self._tokens, windows, self._sequence_length)
+
+    def window_of_row(self, row: int) -> int:
+        """Return the window, in [0, num_windows), that stands at `row` >= 0 of the endless stream of rows."""
+        epoch, position = divmod(row, self.num_windows)
+        return _shuffled(position, self.num_windows, f"{self._seed}/{epoch}")
+
+
+def heldout_batches(
+    tokens: TokenFile,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    num_batches: int,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Return this rank's rows of the first `num_batches` batches of windows in stream order, as `Batches.batch` does.
+
+    Raises:
+        UserError: at the call, not at the first batch: fewer windows than asked for, or B is no multiple of P.
+    """
+    _check_windows(tokens, sequence_length, num_batches * batch_size)
+    rows = _rows_of_rank(batch_size, rank, num_ranks)
+    return (_read_windows(tokens, [i * batch_size + row for row in rows], sequence_length) for i in range(num_batches))
+
+
+def unigram_entropy(tokens: TokenFile, vocab_size: int) -> float:
+    """Return the entropy of the file's own token frequencies, in nats per token.
+
+    Asked of held-out tokens this is the loss of the best of all models that ignore context, fitted to the very tokens
+    it is scored on: a harder bar than the frequencies of the training tokens would set.
+
+    Raises:
+        UserError: an id lies outside [0, vocab_size).
+    """
+    counts = tokens.count_ids(vocab_size)
+    frequencies = counts[counts > 0] / tokens.num_tokens
+    return -math.fsum(frequencies * np.log(frequencies))
+
+
+def _check_ids(ids: NDArray[np.int64], vocab_size: int, where: str, start: int = 0) -> None:
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
+        raise UserError(
+            f"{where} holds id {ids[at]} at position {start + at}, outside [0, {vocab_size}) of the vocabulary; "
+            "use the tokenizer that the model was made for"
+        )
+
+
+def _check_index(bin_path: Path, idx_path: Path) -> None:
+    for path in (bin_path, idx_path):
+        if not path.is_file():
+            raise UserError(f"token file {path} does not exist; give the name that a .bin and an .idx share")
+    with idx_path.open("rb") as index:
+        head = index.read(_INDEX_HEADER.size)
+    if len(head) < _INDEX_HEADER.size:
+        raise UserError(f"token index {idx_path} is cut short: {len(head)} bytes; tokenise again")
+    magic, version, code, num_sequences, num_document_ends = _INDEX_HEADER.unpack(head)
+    if (magic, version) != _INDEX_MAGIC or code not in _INTEGER_CODES:
+        raise UserError(
+            f"token index {idx_path} is no Megatron index of integers (magic {magic!r}, version {version}, "
+            f"dtype code {code}); tokenise again"
+        )
+    # int32 length and int64 offset per sequence, int64 sequence number per document.
+    num_bytes, needed = idx_path.stat().st_size, _INDEX_HEADER.size + 12 * num_sequences + 8 * num_document_ends
+    if num_bytes < needed:
+        raise UserError(f"token index {idx_path} is cut short: {num_bytes} bytes of {needed}; tokenise again")
+    if bin_path.stat().st_size == 0:  # an empty file cannot be mapped
+        raise UserError(f"token file {bin_path} is empty ({num_sequences} documents in its .idx); tokenise again")
+
+
+def _num_windows(tokens: TokenFile, sequence_length: int) -> int:
+    return (tokens.num_tokens - 1) // sequence_length
+
+
+def _check_windows(tokens: TokenFile, sequence_length: int, needed: int) -> None:
+    num_windows = _num_windows(tokens, sequence_length)
+    if num_windows < needed:
+        raise UserError(
+            f"token file {tokens.bin_path} gives {num_windows} windows of {sequence_length} tokens, "
+            f"but {needed} are asked for; give more text, or a smaller batch or sequence length"
+        )
+
+
+def _rows_of_rank(batch_size: int, rank: int, num_ranks: int) -> range:
+    assert 0 <= rank < num_ranks, f"rank {rank} of {num_ranks}"
+    if batch_size % num_ranks != 0:
+        raise UserError(
+            f"batch size ({batch_size}) must be a multiple of the number of data ranks ({num_ranks}): "
+            "each rank reads the same number of rows"
+        )
+    per_rank = batch_size // num_ranks
+    return range(rank * per_rank, (rank + 1) * per_rank)
+
+
+def _read_windows(tokens: TokenFile, windows: list[int], sequence_length: int) -> tuple[Tensor, Tensor]:
+    rows = torch.from_numpy(np.stack([tokens.read(w * sequence_length, sequence_length + 1) for w in windows]))
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def _shuffled(position: int, num: int, key: str) -> int:
+    """Return where a permutation of range(num), chosen by `key`, sends `position`.
+
+    A Feistel network permutes the 4^h >= num numbers of 2h bits whatever its round function; following the cycle until
+    it re-enters range(num) restricts that to a permutation of range(num). Four steps on average, at most.
+    """
+    half_bits = max(1, ((num - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = position >> half_bits, position & mask
+        for round_ in range(_FEISTEL_ROUNDS):
+            digest = hashlib.blake2b(f"{key}/{round_}/{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest) & mask)
+        position = left << half_bits | right
+        if position < num:
+            return position
