@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train on N ranks of this machine: launch/local.sh N RUN.toml [section.key=value ...]
+set -euo pipefail
+if [[ $# -lt 2 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 N RUN.toml [section.key=value ...], with N ranks, at least 1" >&2
+  exit 2
+fi
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" runtime
+ranks=$1
+shift
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then # torchrun would give each rank one thread, and say so
+  cores=$(nproc)
+  export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+fi
+exec "$PYTHON" -P -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m ep_engine.cli train "$@"
