@@ -219,7 +219,9 @@ def _save_words(
     if tokenizer is not None:
         (folder / "tokenizer").mkdir()
         for file in tokenizer.iterdir():
-            if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")):
+            if file.name.startswith(
+                ("tokenizer", "special_tokens", "vocab", "merges", "added_tokens", "chat_template")
+            ):
                 shutil.copy(file, folder / "tokenizer" / file.name)
 
 
@@ -236,11 +238,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
+        raise UserError(
+            f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools"
+        ) from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"checkpoint {folder} has format version {manifest.get('format_version')}, this engine reads {FORMAT_VERSION}; "
-            "convert it with the engine that wrote it"
+            f"checkpoint {folder} has format version {manifest.get('format_version')}, this engine reads "
+            f"{FORMAT_VERSION}; convert it with the engine that wrote it"
         )
     return manifest
 
@@ -296,7 +300,9 @@ def _read_metadata(folder: Path) -> dcp.metadata.Metadata:
     try:
         return dcp.FileSystemReader(folder / "weights").read_metadata()
     except (FileNotFoundError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools") from None
+        raise UserError(
+            f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools"
+        ) from None
 
 
 def write_model(
@@ -318,7 +324,9 @@ def write_model(
         raise UserError(f"tensor {name} {kind} ({len(tensors)} given, {len(expected)} expected); nothing was written")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{name} has shape {tuple(tensors[name].shape)}, model.json says {shape}; nothing was written")
+            raise UserError(
+                f"{name} has shape {tuple(tensors[name].shape)}, model.json says {shape}; nothing was written"
+            )
     entries = {name: _Shard(tensors[name], tensors[name], 0) for name in expected}
     save(folder, config, entries, source=source, overwrite=overwrite)
 

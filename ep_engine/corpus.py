@@ -120,9 +120,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, advance
         show_progress=False,
     )
     bpe.train_from_iterator(_counted(texts, advance), trainer)
-    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
     with whole_folder(folder) as beside:
         fast.save_pretrained(beside)
         _name_class_for_transformers_4(beside / "tokenizer_config.json")

@@ -56,7 +56,8 @@ class MoEConfig(_Part):
         top_t = rule.top_t
         if top_t is None or not k - 1 <= top_t <= e - 1:
             raise ValueError(
-                f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; choose it there"
+                f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; "
+                "choose it there"
             )
         for layer, rows in enumerate(rule.lists):
             check_lists(rows, e, where=f"layer {layer}")
@@ -120,7 +121,8 @@ class ModelConfig(_Part):
             table = getattr(routing, name)
             if table is not None and len(table) != self.num_layers:
                 raise ValueError(
-                    f"routing.{name} has {len(table)} layers, the model has {self.num_layers}; use a profile of this model"
+                    f"routing.{name} has {len(table)} layers, the model has {self.num_layers}; "
+                    "use a profile of this model"
                 )
         return self
 
@@ -151,7 +153,8 @@ def read_model_config(path: Path) -> ModelConfig:
         return ModelConfig.model_validate_json(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{path.parent} holds no engine checkpoint (no {path.name}); make one with `python -m checkpoint_tools convert`"
+            f"{path.parent} holds no engine checkpoint (no {path.name}); make one with "
+            "`python -m checkpoint_tools convert`"
         ) from None
     except ValidationError as error:
         raise UserError(f"{path}: {first_sentence(error)}") from None

@@ -1,0 +1,30 @@
+// gather_rows: out[n] = weight[n] * x[row[n]]; without weights a copy, bit by bit. A row of -1 leaves out[n] alone.
+#pragma once
+
+#include "element.h"
+
+#ifdef EP_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace ep {
+
+struct GatherRowsArgs {
+  const void* x;        // [any, dim], rows contiguous
+  const int32_t* row;   // [num_rows], rows of x, or -1
+  const float* weight;  // [num_rows], or null; the product is taken in float
+  void* out;            // [num_rows, dim], contiguous
+  int64_t num_rows;     // may be 0
+  int64_t dim;
+  ElementType type;  // of x and out
+};
+
+// Rows [begin, end) of the output; ranges are independent of each other.
+void gather_rows_cpu(const GatherRowsArgs& args, int64_t begin, int64_t end);
+
+#ifdef EP_WITH_CUDA
+// Asynchronous on `stream`. Returns the launch status; never prints, never exits.
+cudaError_t gather_rows_cuda(const GatherRowsArgs& args, cudaStream_t stream);
+#endif
+
+}  // namespace ep

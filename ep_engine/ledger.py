@@ -1,0 +1,93 @@
+"""The ledger: exact payload bytes on the wire, per layer, direction and link tier, from the plan's counts.
+
+Beside what was sent stands what two other protocols would have sent for the same routing: one row per copy ("plain"),
+and one row per token and rank ("dedup"). Host integers only; `gathered` adds up the ledgers of all ranks.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+DIRECTIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
+TIERS = ("self", "node", "network")
+
+
+@dataclass
+class Ledger:
+    """Counts of one rank since the last `reset`.
+
+    Attributes:
+        tier_of_rank: the link tier of every rank of the expert-parallel group, seen from this one.
+        sent: bytes by (layer, direction, tier).
+        rows: rows by (layer, protocol, tier), in the forward dispatch; protocol is `sent`, `plain` or `dedup`.
+        tokens: tokens routed, by layer.
+    """
+
+    tier_of_rank: list[str] = field(default_factory=lambda: ["self"])
+    sent: Counter[tuple[int, str, str]] = field(default_factory=Counter)
+    rows: Counter[tuple[int, str, str]] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+
+    def reset(self) -> None:
+        """Begin again from zero."""
+        for counter in (self.sent, self.rows, self.tokens):
+            counter.clear()
+
+    def record_bytes(self, layer: int, direction: str, rows_per_rank: list[int], bytes_per_row: int) -> None:
+        """Count rows sent to every rank of the group; rows for the own rank are tier `self`."""
+        for tier, num_rows in zip(self.tier_of_rank, rows_per_rank, strict=True):
+            self.sent[layer, direction, tier] += num_rows * bytes_per_row
+
+    def record_rows(self, layer: int, num_tokens: int, **rows_per_rank: list[int]) -> None:
+        """Count the rows of one forward dispatch under every protocol, a list over ranks each."""
+        self.tokens[layer] += num_tokens
+        for protocol, counts in rows_per_rank.items():
+            for tier, num_rows in zip(self.tier_of_rank, counts, strict=True):
+                self.rows[layer, protocol, tier] += num_rows
+
+    def gathered(self, group: dist.ProcessGroup | None) -> "Ledger":
+        """The sum of the ledgers of all ranks of `group`, the same on each."""
+        if group is None:
+            return self
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, (self.sent, self.rows, self.tokens), group=group)
+        total = Ledger(self.tier_of_rank)
+        for sent, rows, tokens in parts:
+            total.sent.update(sent)
+            total.rows.update(rows)
+            total.tokens.update(tokens)
+        return total
+
+    def bytes_per_token(self) -> dict[str, float]:
+        """Bytes that left a rank, per token and layer, by direction and in total."""
+        tokens = sum(self.tokens.values())
+        by_direction = {
+            direction: sum(n for (_, d, tier), n in self.sent.items() if d == direction and tier != "self")
+            for direction in DIRECTIONS
+        }
+        per_token = {name: n / max(tokens, 1) for name, n in by_direction.items()}
+        return {**per_token, "total": sum(per_token.values())}
+
+    def rows_per_token(self, protocol: str, *, remote: bool) -> float:
+        """Rows per token and layer in the forward dispatch: all of them, or those that left a rank."""
+        found = sum(n for (_, p, tier), n in self.rows.items() if p == protocol and not (remote and tier == "self"))
+        return found / max(sum(self.tokens.values()), 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: the sums, and every layer by itself."""
+        layers = [
+            {
+                "tokens": self.tokens[layer],
+                "bytes": {d: {t: self.sent[layer, d, t] for t in TIERS} for d in DIRECTIONS},
+                "rows": {p: {t: self.rows[layer, p, t] for t in TIERS} for p in ("sent", "plain", "dedup")},
+            }
+            for layer in sorted(self.tokens)
+        ]
+        return {
+            "bytes_per_token": self.bytes_per_token(),
+            "devices_per_token": self.rows_per_token("dedup", remote=False),
+            "remote_rows_per_token": {p: self.rows_per_token(p, remote=True) for p in ("sent", "plain", "dedup")},
+            "layers": layers,
+        }

@@ -1,0 +1,47 @@
+"""Load balance: what the router did, and the loss that keeps experts equally busy (arXiv:2101.03961 eq. 4-6)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_engine.router import Routing
+
+
+class RouterStatistics(NamedTuple):
+    """Sums over the tokens of this rank, for one layer."""
+
+    load_E: Tensor  # (E,) float32: tokens that chose each expert, under the rule in force
+    probability_E: Tensor  # (E,) float32: softmax over all experts, with gradient
+    ids_TK: Tensor  # (T, K) int64: the choices themselves
+    logits_TE: Tensor  # (T, E) float32, without gradient
+
+
+def router_statistics(routing: Routing) -> RouterStatistics:
+    """Sum the choices and the probabilities of one layer."""
+    ids_TK, _, logits_TE = routing
+    load_E = torch.zeros(logits_TE.shape[1], device=logits_TE.device)
+    load_E = load_E.scatter_add(0, ids_TK.reshape(-1), torch.ones(ids_TK.numel(), device=ids_TK.device))
+    return RouterStatistics(load_E, torch.softmax(logits_TE, dim=1).sum(dim=0), ids_TK, logits_TE.detach())
+
+
+def load_balance_loss(layers: Sequence[RouterStatistics], num_tokens: int, group: dist.ProcessGroup | None) -> Tensor:
+    """This rank's share of mean over layers of E * sum over e of f_e * P_e; the shares of all ranks add up to it.
+
+    f_e is the share of all routed copies that went to expert e, P_e its mean probability, both over all tokens of all
+    ranks: the loss does not depend on how tokens are spread over ranks. It is 1 for perfect balance. f comes from the
+    choices of the rule in force, and has no gradient.
+
+    Args:
+        layers: statistics of every MoE layer, in order.
+        num_tokens: tokens of all ranks.
+        group: the ranks that share the batch; None: only this one.
+    """
+    load_LE = torch.stack([layer.load_E for layer in layers])
+    if group is not None:
+        dist.all_reduce(load_LE, group=group)
+    share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
+    probability_LE = torch.stack([layer.probability_E for layer in layers]) / num_tokens
+    return load_LE.shape[1] * (share_LE * probability_LE).sum(dim=1).mean()

@@ -1,0 +1,45 @@
+"""The data path, top to bottom. Every step is one call into the file of the same name.
+
+tokens -> router -> plan -> dispatch -> experts -> combine
+"""
+
+from torch import Tensor, nn
+
+from ep_engine.combine import combine
+from ep_engine.dispatch import dispatch
+from ep_engine.experts import Experts
+from ep_engine.ledger import Ledger
+from ep_engine.load_balance import RouterStatistics, router_statistics
+from ep_engine.model_config import MoEConfig
+from ep_engine.placement import Placement
+from ep_engine.plan import Site, make_plan
+from ep_engine.router import Router
+from ep_engine.transport import Alone, Link
+
+
+class MoELayer(nn.Module):
+    """A mixture of experts in the place of a decoder's FFN.
+
+    It is built for one rank that holds all experts in the order of their ids; `join` makes it part of a group.
+    """
+
+    def __init__(self, moe: MoEConfig, hidden_size: int, layer: int) -> None:
+        super().__init__()
+        placement = Placement.contiguous(moe.num_experts, 1, layer + 1)
+        self.moe, self.hidden_size = moe, hidden_size
+        self.router = Router(moe, hidden_size, layer)
+        self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
+
+    def join(self, site: Site, link: Link) -> None:
+        """Become the part of the layer that `site` describes; makes new, empty expert weights of its size."""
+        self.site, self.link = site, link
+        self.experts = Experts(site.slots_per_rank, self.hidden_size, self.moe.expert_hidden_size)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStatistics]:
+        """(T, D) -> (T, D) in the same dtype; T may be 0 and may differ between ranks."""
+        routing = self.router(x_TD)
+        plan = make_plan(routing.ids_TK, self.site, self.link)
+        arrival = dispatch(x_TD, routing.weights_TK, plan, self.link)
+        y_ND = self.experts(arrival.x_ND, arrival.rows_per_slot)
+        y_TD = combine(y_ND, routing.weights_TK, arrival, plan, self.link)
+        return y_TD, router_statistics(routing)

@@ -1,0 +1,39 @@
+"""Build csrc/ into ep_engine/_C: the CPU ops always, the CUDA ops where nvcc and a CUDA build of torch are.
+
+torch is reached by its stable ABI only, so one build serves every torch from 2.10 on.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the first stable ABI with all that bindings/ uses
+CSRC = Path("csrc")
+
+
+def extension() -> object:
+    with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    sources = sorted(str(path) for folder in ("cpu", "bindings") for path in (CSRC / folder).glob("*.cpp"))
+    # No contraction to fused multiply-adds: a sum then has the same bits on every processor.
+    cxx = ["-std=c++20", "-O3", "-Wall", "-ffp-contract=off", TORCH_TARGET]
+    folders = [str(CSRC.resolve())]
+    if not with_cuda:
+        return CppExtension("ep_engine._C", sources, include_dirs=folders, extra_compile_args={"cxx": cxx})
+    sources += sorted(str(path) for path in (CSRC / "cuda").glob("*.cu"))
+    cuda_flags = ["-DEP_WITH_CUDA", "-DUSE_CUDA"]
+    return CUDAExtension(
+        "ep_engine._C",
+        sources,
+        include_dirs=folders,
+        extra_compile_args={
+            "cxx": [*cxx, *cuda_flags],
+            "nvcc": ["-std=c++20", "-O3", TORCH_TARGET, *cuda_flags],
+        },
+    )
+
+
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)})
