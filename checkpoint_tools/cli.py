@@ -1,14 +1,12 @@
 """The command line: `python -m checkpoint_tools inspect | split | convert | export | verify`."""
 
-import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
-from ep_engine.errors import Fault, UserError
+from ep_engine.command_line import print_json
+from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, help=__doc__)
@@ -19,22 +17,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empt
 Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
-def exit_with_sentence(command: typer.Typer) -> NoReturn:
-    """Run a command line and exit: status 2 for what the user got wrong, 1 for a fault, each with one sentence."""
-    try:
-        sys.exit(command(standalone_mode=False))
-    except TyperException as error:
-        status, sentence = error.exit_code, f"{error.format_message().rstrip('.')}; see --help"
-    except (UserError, Fault) as error:
-        status, sentence = error.exit_status, str(error)
-    except OSError as error:
-        status, sentence = 1, f"{error.filename or 'the operating system'}: {error.strerror or error}"
-    except (typer.Abort, KeyboardInterrupt):
-        status, sentence = 130, "interrupted; nothing was written"
-    typer.echo(" ".join(sentence.split()), err=True)
-    sys.exit(status)
-
-
 @app.command("inspect")
 def inspect_command(folder: Folder, as_json: Json = False) -> None:
     """Show what a model folder holds; --json adds shape, dtype and checksum of every entry."""
@@ -42,7 +24,7 @@ def inspect_command(folder: Folder, as_json: Json = False) -> None:
 
     found = inspect(folder)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
         return
     moe = found.config.moe
     experts = f"{moe.num_experts} experts, top-{moe.top_k}, {moe.routing.rule}" if moe else "dense"
@@ -109,7 +91,7 @@ def verify_command(
 
     found = verify(first, second, all_experts=all_experts, seed=seed, tolerance=tolerance)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         typer.echo("\n".join(found.sentences()))
     if not found.same:
@@ -118,11 +100,7 @@ def verify_command(
 
 def _report_written(out: Path, model: ModelConfig, as_json: bool) -> None:
     if as_json:
-        _print_json({"written": str(out), "model": model.model_dump(exclude={"carried"})})
+        print_json({"written": str(out), "model": model.model_dump(exclude={"carried"})})
     else:
         experts = f"{model.moe.num_experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
         typer.echo(f"wrote {out}: {model.num_layers} layers, {experts}")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=1))

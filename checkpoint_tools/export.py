@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint_tools.families import family_of_model
-from checkpoint_tools.progress import track
 from checkpoint_tools.source import GENERATION, check_apart, open_source
 from ep_engine.checkpoint import tokenizer_folder
 from ep_engine.errors import Fault, UserError
 from ep_engine.model_config import ModelConfig
 from ep_engine.output import check_output_folder, whole_folder
+from ep_engine.progress import track
 
 _MODELING = Path(__file__).parent / "hf_modeling"
 _SHARD_BYTES = 5 * 10**9

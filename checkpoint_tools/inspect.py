@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from checkpoint_tools.families import family_of_model
-from checkpoint_tools.progress import track
 from checkpoint_tools.source import open_source
 from ep_engine.checksum import checksum
 from ep_engine.model_config import ModelConfig
+from ep_engine.progress import track
 
 
 @dataclass(frozen=True)

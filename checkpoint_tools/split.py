@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from checkpoint_tools.progress import track
 from checkpoint_tools.source import Source, check_apart, open_source
 from ep_engine.checkpoint import write_model
 from ep_engine.checksum import checksum
 from ep_engine.errors import Fault, UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, first_sentence
 from ep_engine.output import check_output_folder, whole_folder
+from ep_engine.progress import track
 
 _WEIGHTS = ("w_gate", "w_up", "w_down")
 _PARTITION, _GATE = 0, 1  # streams of random numbers: the partition does not depend on the gate

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint_tools.progress import track
 from checkpoint_tools.source import Source, open_source
 from ep_engine.checksum import checksum
 from ep_engine.errors import Fault
 from ep_engine.model_config import ModelConfig
+from ep_engine.progress import track
 
 # fp32, relative to the largest logit: the two sides may sum in another order.
 TOLERANCE = 1e-5

@@ -71,7 +71,7 @@ def _linears(at: str, shapes: Mapping[str, tuple[int, int]], *, bias: bool) -> d
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """The part of one entry that this rank holds."""
 
     tensor: Tensor  # a view of the parameter's local memory: a load writes straight into it
@@ -79,26 +79,27 @@ class _Shard:
     first: int  # position of its first element in the whole entry
 
 
-def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]]) -> dict[str, _Shard]:
+def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]]) -> dict[str, Shard]:
     """Map a module's tensors to checkpoint entries.
 
     Args:
         named: (name, tensor) pairs; a tensor may be a DTensor sharded along dim 0.
         expert_ids: for each `...experts` module, the logical expert id in each of its rows, -1 for an empty slot.
     """
-    entries: dict[str, _Shard] = {}
+    entries: dict[str, Shard] = {}
     for name, tensor in named:
         module, _, leaf = name.rpartition(".")
+        tensor = tensor.detach()  # what is read or written here is no part of a graph
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         first_row = _first_row(tensor)
         if module in expert_ids:
             for row in range(local.shape[0]):
                 expert = expert_ids[module][first_row + row]
                 if expert >= 0:
-                    entries[f"{module}.{expert}.{leaf}"] = _Shard(local[row], local[row], 0)
+                    entries[f"{module}.{expert}.{leaf}"] = Shard(local[row], local[row], 0)
         else:
             row_size = local[0].numel() if local.shape[0] else 1
-            entries[name] = _Shard(local, tensor, first_row * row_size)
+            entries[name] = Shard(local, tensor, first_row * row_size)
     return entries
 
 
@@ -111,7 +112,7 @@ def _first_row(tensor: Tensor) -> int:
     return min(rows, per_rank * mesh.get_local_rank())
 
 
-def checksums(entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) -> dict[str, int]:
+def checksums(entries: Mapping[str, Shard], group: dist.ProcessGroup | None) -> dict[str, int]:
     """Checksum of every entry, the parts of all ranks of `group` added up."""
     mine = {name: checksum.checksum(shard.tensor, first=shard.first) for name, shard in entries.items()}
     if group is None:
@@ -124,7 +125,7 @@ def checksums(entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) ->
 def save(
     folder: Path,
     config: ModelConfig,
-    entries: Mapping[str, _Shard],
+    entries: Mapping[str, Shard],
     *,
     training: Mapping[str, Any] | None = None,
     source: Path | None = None,
@@ -181,7 +182,7 @@ def _save_fault(folder: Path, error: Exception) -> Exception:
     return Fault(f"checkpoint {folder} was not written ({error}); the previous one is untouched")
 
 
-def _save_weights(path: Path, entries: Mapping[str, _Shard], group: dist.ProcessGroup | None) -> None:
+def _save_weights(path: Path, entries: Mapping[str, Shard], group: dist.ProcessGroup | None) -> None:
     state = {name: shard.saved for name, shard in entries.items()}
     with _plain_words():
         dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
@@ -249,7 +250,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(folder: Path, entries: Mapping[str, _Shard], *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def load(folder: Path, entries: Mapping[str, Shard], *, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Fill `entries` in place from a checkpoint of any layout and check every checksum.
 
     Returns:
@@ -278,7 +279,7 @@ def load(folder: Path, entries: Mapping[str, _Shard], *, group: dist.ProcessGrou
     return training
 
 
-def _check_shapes(folder: Path, entries: Mapping[str, _Shard]) -> None:
+def _check_shapes(folder: Path, entries: Mapping[str, Shard]) -> None:
     stored = stored_shapes(folder)
     for name, shard in entries.items():
         if name not in stored:
@@ -327,7 +328,7 @@ def write_model(
             raise UserError(
                 f"{name} has shape {tuple(tensors[name].shape)}, model.json says {shape}; nothing was written"
             )
-    entries = {name: _Shard(tensors[name], tensors[name], 0) for name in expected}
+    entries = {name: Shard(tensors[name], tensors[name], 0) for name in expected}
     save(folder, config, entries, source=source, overwrite=overwrite)
 
 
@@ -341,5 +342,5 @@ def read_model(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]
     }
     shapes = expected_entries(config)
     tensors = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
-    load(folder, {name: _Shard(tensor, tensor, 0) for name, tensor in tensors.items()})
+    load(folder, {name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()})
     return config, iter(tensors.items())

@@ -15,3 +15,8 @@ class Fault(RuntimeError):
     """Something broke while running; the command prints the sentence and exits with status 1."""
 
     exit_status = 1
+
+    def __init__(self, sentence: str, *, everywhere: bool = False) -> None:
+        """`everywhere`: all ranks raise the same, so that one of them need say it."""
+        super().__init__(sentence)
+        self.everywhere = everywhere

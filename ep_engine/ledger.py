@@ -55,10 +55,14 @@ class Ledger:
         dist.all_gather_object(parts, (self.sent, self.rows, self.tokens), group=group)
         total = Ledger(self.tier_of_rank)
         for sent, rows, tokens in parts:
-            total.sent.update(sent)
-            total.rows.update(rows)
-            total.tokens.update(tokens)
+            total.add(Ledger(self.tier_of_rank, sent, rows, tokens))
         return total
+
+    def add(self, other: "Ledger") -> None:
+        """Add another ledger's counts."""
+        self.sent.update(other.sent)
+        self.rows.update(other.rows)
+        self.tokens.update(other.tokens)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Bytes that left a rank, per token and layer, by direction and in total."""

@@ -21,6 +21,14 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_output_file(path: Path, *, overwrite: bool) -> None:
+    """UserError if `path` exists and `overwrite` is not set, or is a folder. Touches nothing."""
+    if path.is_dir():
+        raise UserError(f"output {path} is a folder, expected the name of a file; add one")
+    if path.exists() and not overwrite:
+        raise UserError(f"output {path} exists; choose another name or pass --overwrite")
+
+
 @contextmanager
 def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a folder beside `path` to write into; it takes the name `path` only if the block succeeds.

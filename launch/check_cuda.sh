@@ -12,7 +12,10 @@ flags=(-std=c++20 -O3 --threads 2 -DEP_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSI
 for arch in 80 90; do
   flags+=(-gencode "arch=compute_$arch,code=sm_$arch")
 done
-folders=$("$PYTHON" -c 'from torch.utils.cpp_extension import include_paths; print(*include_paths(), sep="\n")')
+folders=$("$PYTHON" -c '
+import sysconfig
+from torch.utils.cpp_extension import include_paths
+print(*include_paths(), sysconfig.get_path("include"), sep="\n")')
 while read -r folder; do
   flags+=(-isystem "$folder")
 done <<<"$folders"

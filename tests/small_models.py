@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint_tools.cli import app, exit_with_sentence
+from checkpoint_tools.cli import app
 from checkpoint_tools.split import SplitOptions, split
+from ep_engine.command_line import exit_with_sentence
 
 SIZES = {
     "vocab_size": 64,

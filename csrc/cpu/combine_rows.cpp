@@ -13,10 +13,11 @@ class Tree {
   Tree(const CombineRowsArgs& args) : args_(args), sums_(args.num_levels * args.dim) {}
 
   void add_copy(int32_t leaf, const T* y, float weight) {
-    int level = 0;  // close the groups of the last copy that this one is not in
-    while (open_[0] && level < args_.num_levels - 1 &&
-           leaf / args_.group_sizes[level] != last_leaf_ / args_.group_sizes[level]) {
-      close(level++);
+    if (open_[0]) {  // close the groups of the last copy that this one is not in
+      for (int level = 0; level < args_.num_levels - 1; ++level) {
+        if (leaf / args_.group_sizes[level] == last_leaf_ / args_.group_sizes[level]) break;
+        close(level);
+      }
     }
     float* sum = &sums_[0];
     if (open_[0]) {

@@ -1,16 +1,17 @@
-#include "combine_rows.h"
-
 #include <algorithm>
 
+#include "combine_rows.h"
 #include "element.cuh"
 
 namespace ep {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
+// Deeper trees cost registers: with 8 levels of 8 columns an SM has room for one block only.
+constexpr int kUsualTreeLevels = 4;
 
-// The open groups on the way from the root to the last copy, each with the sum of its children so far, for kWidth
-// neighbouring columns. All indices are known when loops are unrolled, so the sums stay in registers.
+// The open groups on the way from the root to the last copy, each with the sum of its children so far, for
+// kWidth neighbouring columns. All indices are known when loops are unrolled, so the sums stay in registers.
 template <typename T, int kWidth, int kLevels>
 class Tree {
  public:
@@ -80,10 +81,10 @@ __device__ Copy load_copy(const CombineRowsArgs& args, int64_t r, int64_t first,
   return copy;
 }
 
-// One block makes one row, a thread sums kWidth neighbouring columns, so a step of a warp reads contiguous bytes. The
-// copies are looked at by the lanes of a warp side by side, 32 at a time, and then walked by all lanes together, one
-// after the other: the order of additions is that of the CPU. No thread needs what another warp has, hence no shared
-// memory and no synchronisation.
+// One block makes one row, a thread sums kWidth neighbouring columns, so a step of a warp reads contiguous
+// bytes. The copies are looked at by the lanes of a warp side by side, 32 at a time, and then walked by all
+// lanes together, one after the other: the order of additions is that of the CPU. No thread needs what
+// another warp has, hence no shared memory and no synchronisation.
 //
 // Block: as many warps as the packs of a row fill, at most kWarpsPerBlock; grid num_rows.
 template <typename T, int kWidth, int kLevels>
@@ -93,7 +94,8 @@ __global__ void combine_rows_kernel(const CombineRowsArgs args, int64_t row_pack
   const int64_t r = blockIdx.x;
   const int lane = threadIdx.x % kWarpSize;
 
-  for (int64_t begin = threadIdx.x - lane; begin < row_packs; begin += blockDim.x) {  // one for all lanes of a warp
+  // All lanes of a warp take part in every round, because they talk by shuffles.
+  for (int64_t begin = threadIdx.x - lane; begin < row_packs; begin += blockDim.x) {
     const int64_t p = begin + lane;
     Tree<T, kWidth, kLevels> tree;
     int32_t last_leaf = -1;
@@ -117,8 +119,9 @@ __global__ void combine_rows_kernel(const CombineRowsArgs args, int64_t row_pack
   }
 }
 
-// One warp makes one inner product. Lane i sums packs i, i + 32, ... and the lanes are added in pairs: a fixed order,
-// so the result is the same from run to run. Lanes talk by shuffles only, hence no shared memory.
+// One warp makes one inner product. Lane i sums packs i, i + 32, ... and the lanes are added in pairs: a
+// fixed order, so the result is the same from run to run. Lanes talk by shuffles only, hence no shared
+// memory.
 //
 // Block (kWarpSize, kWarpsPerBlock); grid ceil(num_rows * num_columns / kWarpsPerBlock).
 template <typename T, int kWidth>
@@ -148,7 +151,11 @@ cudaError_t combine_rows_cuda(const CombineRowsArgs& args, cudaStream_t stream) 
     const int64_t row_packs = args.dim / kWidth;
     const int64_t warps = std::clamp<int64_t>((row_packs + kWarpSize - 1) / kWarpSize, 1, kWarpsPerBlock);
     const auto grid = static_cast<unsigned>(args.num_rows), block = static_cast<unsigned>(warps * kWarpSize);
-    combine_rows_kernel<T, kWidth, kMaxTreeLevels><<<grid, block, 0, stream>>>(args, row_packs);
+    if (args.num_levels <= kUsualTreeLevels) {
+      combine_rows_kernel<T, kWidth, kUsualTreeLevels><<<grid, block, 0, stream>>>(args, row_packs);
+    } else {
+      combine_rows_kernel<T, kWidth, kMaxTreeLevels><<<grid, block, 0, stream>>>(args, row_packs);
+    }
   });
   return cudaGetLastError();
 }

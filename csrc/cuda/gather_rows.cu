@@ -1,15 +1,14 @@
-#include "gather_rows.h"
-
 #include "element.cuh"
+#include "gather_rows.h"
 
 namespace ep {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
 
-// One warp makes one row: lane i moves packs i, i + 32, ..., so with 16-byte packs each step of the warp reads 512
-// contiguous bytes. Without weights packs are moved and not looked into. Rows are independent, hence no shared memory
-// and no synchronisation.
+// One warp makes one row: lane i moves packs i, i + 32, ..., so with 16-byte packs each step of the warp
+// reads 512 contiguous bytes. Without weights packs are moved and not looked into. Rows are independent,
+// hence no shared memory and no synchronisation.
 //
 // Block (kWarpSize, kWarpsPerBlock); grid ceil(num_rows / kWarpsPerBlock).
 template <typename T, int kWidth>

@@ -1,0 +1,142 @@
+"""The command line: `ep-engine quickstart | train | profile | place`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ep_engine.command_line import exit_with_sentence, print_json
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output")]
+Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
+
+
+@app.command("quickstart")
+def quickstart_command(
+    out: Annotated[Path, typer.Option(help="run folder")] = Path("runs/quickstart"),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Go the whole way: text, a dense model, experts, placement, four ways to route, a report, an export."""
+    from ep_engine.quickstart import quickstart
+
+    summary = quickstart(out, overwrite=overwrite)
+    if as_json:
+        print_json(summary)
+
+
+@app.command("train")
+def train_command(
+    run_file: Annotated[Path, typer.Argument(help="TOML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    check_for: Annotated[int | None, typer.Option(min=1, help="only check the run, for this many ranks")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train; under torchrun on as many ranks as it starts."""
+    from ep_engine.config import load_config
+    from ep_engine.mesh import World
+    from ep_engine.resolve import resolve
+    from ep_engine.trainer import train
+
+    world = World.from_environment()
+    config = load_config(run_file, overrides or [])
+    run = resolve(config, check_for or world.size, overwrite=overwrite)
+    if check_for is not None:
+        return
+    summary = train(run, world, report=_print_line)
+    if as_json and world.rank == 0:
+        print_json(summary)
+
+
+@app.command("profile")
+def profile_command(
+    model: Annotated[Path, typer.Argument(help="engine checkpoint of a MoE model")],
+    tokens: Annotated[Path, typer.Option(help="token file, named without suffix")],
+    out: Annotated[Path, typer.Option(help="profile.npz to write")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens to run")] = 100_000,
+    sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a window")] = 128,
+    seed: Annotated[int, typer.Option(help="of the sample")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Count on text which experts serve tokens together."""
+    from ep_engine.output import check_output_file
+    from ep_engine.profile import profile
+    from ep_engine.progress import bar
+    from ep_engine.tokens import TokenFile
+
+    check_output_file(out, overwrite=overwrite)
+    with bar("profiling", max_tokens) as advance:
+        found = profile(
+            model,
+            TokenFile(tokens),
+            max_tokens=max_tokens,
+            sequence_length=sequence_length,
+            seed=seed,
+            advance=advance,
+        )
+    found.save(out)
+    report = {"written": str(out), "layers": found.num_layers, "experts": found.num_experts, **found.about}
+    _report(report, as_json, f"wrote {out}: {found.num_layers} layers, {found.about['tokens']} tokens")
+
+
+@app.command("place")
+def place_command(
+    profile: Annotated[Path, typer.Argument(help="profile.npz of `ep-engine profile`")],
+    devices: Annotated[int, typer.Option(help="devices that share the experts of a layer")],
+    out: Annotated[Path, typer.Option(help="placement.json to write")],
+    nodes: Annotated[int, typer.Option(min=1, help="nodes that the devices are parts of")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the restarts, where there are too many partitions")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Find which experts to put on one device, from who works with whom."""
+    from ep_engine.collaboration import read_profile
+    from ep_engine.output import check_output_file
+    from ep_engine.place import check_fits, place
+    from ep_engine.progress import bar
+
+    check_output_file(out, overwrite=overwrite)
+    counted = read_profile(profile)
+    check_fits(counted, devices, profile)
+    with bar("placing layers", counted.num_layers) as advance:
+        placement, found = place(counted, devices, nodes=nodes, seed=seed, advance=advance)
+    placement.save(out, measured=found)
+    placed, contiguous = found["placed"], found["contiguous"]
+    _report(
+        {"written": str(out), **found},
+        as_json,
+        f"wrote {out}: pairs inside a device {placed['intra_device_fraction']:.4f} "
+        f"(by id {contiguous['intra_device_fraction']:.4f}), load max/mean {placed['load_max_over_mean']:.3f} "
+        f"(by id {contiguous['load_max_over_mean']:.3f}), "
+        f"{'best of all partitions' if found['exact'] else 'best of several descents, not proven best'}",
+    )
+
+
+def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:
+    if as_json:
+        print_json(values)
+    else:
+        typer.echo(sentence)
+
+
+def _print_line(line: dict[str, Any]) -> None:
+    typer.echo(
+        f"step {line['step']:>6}  loss {line['loss']:.4f}  norm {line['grad_norm']:.3f}  "
+        f"{line['tokens_per_second']:.0f} tokens/s",
+        err=True,
+    )
+    sys.stderr.flush()
+
+
+def main() -> None:
+    """Entry point of `ep-engine`."""
+    exit_with_sentence(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Collaboration: who works with whom, arXiv:2504.01337. Counts, the lists made of them, and what placements cost.
+
+Letters:  L MoE layers   E experts   K top_k   D devices
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ep_engine.errors import UserError
+from ep_engine.output import whole_file
+from ep_engine.placement import Placement
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `ep-engine profile` counted.
+
+    Attributes:
+        counts: (L, E, E) int64, symmetric: tokens that both experts served; the diagonal is 0.
+        load: (L, E) int64: tokens of each expert.
+        top_k: K.
+        about: tokens, seed and hashes, as plain values.
+    """
+
+    counts: NDArray[np.int64]
+    load: NDArray[np.int64]
+    top_k: int
+    about: dict[str, Any]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.counts)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.counts[0])
+
+    def save(self, path: Path) -> None:
+        """Write `profile.npz`."""
+        with whole_file(path) as beside:
+            np.savez_compressed(beside, counts=self.counts, load=self.load, top_k=self.top_k, **self.about)
+
+
+def read_profile(path: Path) -> Profile:
+    """Read `profile.npz`; `counts`, `load` and `top_k` are enough.
+
+    Raises:
+        UserError: it is missing or unreadable, an array is missing, or the counts are no symmetric (L, E, E).
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"profile {path} cannot be read ({error}); make one with `ep-engine profile`") from None
+    missing = [name for name in ("counts", "load", "top_k") if name not in arrays]
+    if missing:
+        raise UserError(f"profile {path} has no array {missing[0]}; make it with `ep-engine profile`")
+    counts, load, top_k = arrays.pop("counts"), arrays.pop("load"), arrays.pop("top_k")
+    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or load.shape != counts.shape[:2]:
+        raise UserError(
+            f"profile {path} has counts {counts.shape} and load {load.shape}, expected (L, E, E) and (L, E); make it "
+            "again"
+        )
+    counts = counts.astype(np.int64)
+    counts[:, range(counts.shape[1]), range(counts.shape[1])] = 0  # published files hold 0 or -1 there
+    if (counts < 0).any() or (counts != counts.transpose(0, 2, 1)).any():
+        raise UserError(f"counts in profile {path} must be symmetric and not negative; make it again")
+    return Profile(counts, load.astype(np.int64), int(top_k), {name: array.tolist() for name, array in arrays.items()})
+
+
+def collaboration_lists(counts_LEE: NDArray[np.int64]) -> list[list[list[int]]]:
+    """[L][E][E]: row i lists all experts, those that served most tokens together with i first, i itself last.
+
+    Equal counts go to the lower id.
+    """
+    num_experts = counts_LEE.shape[1]
+    masked = counts_LEE.astype(np.int64).copy()
+    masked[:, range(num_experts), range(num_experts)] = -1
+    lists: list[list[list[int]]] = np.argsort(-masked, axis=2, kind="stable").tolist()
+    return lists
+
+
+def intra_device_fraction(counts_EE: NDArray[np.int64], device_of_expert: list[int]) -> float:
+    """Share of all co-activated pairs whose experts live on one device, in [0, 1]; 1 if there are no pairs.
+
+    For K = 2 the expected number of distinct devices of a token is 2 minus this, whatever the distribution.
+    """
+    device_E = np.array(device_of_expert)
+    pairs = counts_EE.astype(np.float64)
+    np.fill_diagonal(pairs, 0.0)
+    total = pairs.sum()
+    return float(pairs[device_E[:, None] == device_E[None, :]].sum() / total) if total > 0 else 1.0
+
+
+def device_load(load_E: NDArray[np.int64], device_of_expert: list[int], devices: int) -> NDArray[np.float64]:
+    """(D,) tokens of each device's experts, relative to their mean."""
+    load_D = np.bincount(device_of_expert, weights=load_E, minlength=devices)
+    relative: NDArray[np.float64] = load_D / max(load_D.mean(), np.finfo(np.float64).tiny)
+    return relative
+
+
+def describe_placement(profile: Profile, placement: Placement) -> list[dict[str, float]]:
+    """For each layer: intra-device fraction of pairs, and largest device load relative to the mean."""
+    described = []
+    for layer in range(profile.num_layers):
+        devices = placement.device_of_expert(layer)
+        described.append(
+            {
+                "intra_device_fraction": intra_device_fraction(profile.counts[layer], devices),
+                "load_max_over_mean": float(device_load(profile.load[layer], devices, placement.devices).max()),
+            }
+        )
+    return described

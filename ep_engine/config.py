@@ -1,0 +1,232 @@
+"""What a user can set for a run: one TOML file, overrides `section.key=value`, every key checked once.
+
+Relations to files and to the number of ranks are checked in `resolve.py`. Paths are relative to the working directory.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ep_engine.errors import UserError
+from ep_engine.model_config import first_sentence
+
+
+class _Section(BaseModel):
+    # A field's docstring is its description, of which `config_table` makes the table of the README.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSection(_Section):
+    """Which model: a checkpoint to go on from, or the sizes of a new dense model."""
+
+    checkpoint: Path | None = None
+    """engine checkpoint whose weights to start from; without it a new dense model is made"""
+    vocab_size: int | None = Field(None, ge=1)
+    """tokens of the vocabulary of a new model"""
+    hidden_size: int | None = Field(None, ge=1)
+    """D of a new model"""
+    num_layers: int | None = Field(None, ge=1)
+    """layers of a new model"""
+    num_heads: int | None = Field(None, ge=1)
+    """attention heads of a new model"""
+    num_kv_heads: int | None = Field(None, ge=1)
+    """key/value heads of a new model [num_heads]"""
+    intermediate_size: int | None = Field(None, ge=1)
+    """hidden width of the FFN of a new model"""
+    max_position_embeddings: int = Field(2048, ge=1)
+    """longest context of a new model"""
+    rope_theta: float = Field(10000.0, gt=0)
+    """base of the rotary positions of a new model"""
+    tie_embeddings: bool = False
+    """whether a new model's head is its embedding"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if self.checkpoint is not None and given:
+            raise ValueError(f"model.checkpoint and model.{given[0]} are both set; a checkpoint knows its sizes")
+        if self.checkpoint is None and len(given) < len(sizes):
+            missing = next(name for name in sizes if name not in given)
+            raise ValueError(f"model.{missing} is missing; give model.checkpoint, or all of {', '.join(sizes)}")
+        return self
+
+
+class DataSection(_Section):
+    """What is read: token files in Megatron's format, named without suffix."""
+
+    train: Path
+    """token file to train on"""
+    heldout: Path | None = None
+    """token file to evaluate on"""
+    tokenizer: Path | None = None
+    """Hugging Face tokenizer folder, copied into checkpoints"""
+    sequence_length: int = Field(ge=1)
+    """S, tokens of one row"""
+    batch_size: int = Field(ge=1)
+    """rows of the global batch"""
+    heldout_batches: int = Field(16, ge=1)
+    """batches of one evaluation"""
+
+
+class TrainSection(_Section):
+    """How long, and with what optimiser (AdamW, cosine schedule)."""
+
+    steps: int = Field(ge=1)
+    """optimiser steps"""
+    learning_rate: float = Field(1e-3, gt=0)
+    """peak learning rate"""
+    min_learning_rate: float = Field(1e-4, ge=0)
+    """learning rate at the last step"""
+    warmup_steps: int = Field(20, ge=0)
+    """steps of linear warm-up"""
+    weight_decay: float = Field(0.1, ge=0)
+    """of matrices; norms and biases have none"""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW's first moment"""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW's second moment"""
+    clip_grad_norm: float = Field(1.0, gt=0)
+    """largest global gradient norm"""
+    load_balance: float = Field(0.01, ge=0)
+    """coefficient of the load-balance loss of MoE models"""
+    seed: int = 0
+    """of new weights and of the order of batches"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of computation; weights, moments and gradient sums stay float32"""
+    log_every: int = Field(10, ge=1)
+    """steps between lines of metrics.jsonl"""
+    save_every: int | None = Field(None, ge=1)
+    """steps between checkpoints; one is always written at the end"""
+
+
+class ParallelSection(_Section):
+    """How ranks share the work. Experts live on an (edp, ep) grid over the same ranks as dp."""
+
+    data_parallel_size: int | None = Field(None, ge=1)
+    """ranks that share the batch and the dense weights [all ranks]"""
+    expert_parallel_size: int = Field(1, ge=1)
+    """ranks that share the experts of a layer; divides data_parallel_size"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs if every rank of a node has one, else CPU"""
+    timeout_s: float = Field(300.0, gt=0)
+    """seconds after which a rank that hears nothing from another gives up"""
+
+
+class MoESection(_Section):
+    """How tokens travel."""
+
+    combine: Literal["per_device", "per_expert"] = "per_device"
+    """per_device: one row per token and rank; per_expert: one row per copy, summed at home by ascending expert id"""
+    placement: Path | None = None
+    """placement.json of `ep-engine place` [experts in the order of their ids]"""
+
+
+class RoutingSection(_Section):
+    """The selection rule; without it the model's own stays."""
+
+    rule: Literal["topk", "c2r", "c2r_grouped"] | None = None
+    """topk; c2r: partners of the top-1 expert from its first T collaborators; c2r_grouped: on at most M devices"""
+    top_t: int | None = None
+    """T, in k-1..E-1"""
+    profile: Path | None = None
+    """profile.npz of `ep-engine profile`, from which the collaboration lists are made"""
+    max_devices: int = Field(1, ge=1)
+    """M of c2r_grouped, devices of moe.placement"""
+
+
+class OutputSection(_Section):
+    """Where results go."""
+
+    folder: Path
+    """run folder: run.toml, metrics.jsonl, checkpoints/"""
+    resume: bool = False
+    """go on from the last checkpoint in the folder, in any layout"""
+
+
+class RunConfig(_Section):
+    """One run."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    parallel: ParallelSection = ParallelSection()
+    moe: MoESection = MoESection()
+    routing: RoutingSection = RoutingSection()
+    output: OutputSection
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML file and apply overrides such as `train.steps=10` (the value in TOML syntax, or bare text).
+
+    Raises:
+        UserError: the file is missing or no TOML, a key is unknown or missing, or a value is out of range.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"run file {path} cannot be read ({error.strerror}); give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {path} is no TOML ({error}); correct it") from None
+    for override in overrides:
+        _apply(raw, override)
+    return make_config(raw, str(path))
+
+
+def make_config(raw: dict[str, Any], where: str) -> RunConfig:
+    """RunConfig of nested dictionaries; UserError with a suggestion for an unknown key. `where` names the source."""
+    _refuse_unknown(raw, list(RunConfig.model_fields), prefix="")
+    for name, section in raw.items():
+        known = RunConfig.model_fields[name].annotation
+        if not isinstance(section, dict):
+            raise UserError(f"{where}: {name} must be a section with keys, got {section!r}; write [{name}]")
+        assert known is not None, "every field has a type"
+        _refuse_unknown(section, list(known.model_fields), prefix=f"{name}.")
+    try:
+        return RunConfig(**raw)
+    except ValidationError as error:
+        raise UserError(f"{where}: {first_sentence(error)}") from None
+
+
+def config_table() -> list[tuple[str, str, str]]:
+    """Every key with its default and its meaning, for the README and the test that pins them."""
+    rows = []
+    for section, field in RunConfig.model_fields.items():
+        assert field.annotation is not None, "every field has a type"
+        for name, key in field.annotation.model_fields.items():
+            default = "required" if key.is_required() else "" if key.default is None else str(key.default).lower()
+            rows.append((f"{section}.{name}", default, key.description or ""))
+    return rows
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as a TOML file, defaults included, that `load_config` reads back."""
+    lines = []
+    for section, values in config.model_dump(mode="json", exclude_none=True).items():
+        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items()), ""]
+    return "\n".join(lines)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or not dot or not section or not name:
+        raise UserError(f"override {override!r} must have the form section.key=value; correct it")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a path or a word, which a shell makes tiresome to quote
+    raw.setdefault(section, {})[name] = value
+
+
+def _refuse_unknown(given: dict[str, Any], known: Sequence[str], *, prefix: str) -> None:
+    for key in given:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"
+            raise UserError(f"unknown key {prefix}{key}; {hint}")

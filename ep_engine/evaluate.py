@@ -1,0 +1,57 @@
+"""Evaluate: the loss on held-out text, and how the router behaved there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ep_engine.load_balance import RouterStatistics
+from ep_engine.model import Decoder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over the tokens of all ranks, turned into means."""
+
+    loss: float  # nats per token
+    num_tokens: int
+    changed_share: float | None  # tokens per layer whose experts are not those of plain top-k; None: dense
+    load: list[list[float]]  # [L][E]: share of all routed copies
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder, batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, group: dist.ProcessGroup
+) -> Evaluation:
+    """Mean cross entropy over `batches`, this rank's rows of them; the same on every rank of `group`."""
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, tokens * layers that changed
+    loads: Tensor | None = None
+    for inputs_BS, targets_BS in batches:
+        output = model(inputs_BS.to(device))
+        loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_BS.to(device).flatten(), reduction="sum")
+        sums[0] += loss
+        sums[1] += targets_BS.numel()
+        sums[2] += sum(changed_tokens(router) for router in output.routers)
+        if output.routers:
+            load_LE = torch.stack([router.load_E for router in output.routers]).double()
+            loads = load_LE if loads is None else loads + load_LE
+    model.train()
+    for part in (sums, loads):
+        if part is not None:
+            dist.all_reduce(part, group=group)
+    loss_sum, num_tokens, changed = sums.tolist()
+    if loads is None:
+        return Evaluation(loss_sum / num_tokens, int(num_tokens), None, [])
+    shares: list[list[float]] = (loads / loads.sum(dim=1, keepdim=True)).tolist()
+    return Evaluation(loss_sum / num_tokens, int(num_tokens), changed / (num_tokens * len(shares)), shares)
+
+
+def changed_tokens(router: RouterStatistics) -> Tensor:
+    """Number of tokens whose set of experts is not that of plain top-k on the same logits."""
+    top_k = router.ids_TK.shape[1]
+    plain_TK = router.logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return (router.ids_TK.sort(dim=1).values != plain_TK.sort(dim=1).values).any(dim=1).sum()

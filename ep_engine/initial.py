@@ -1,0 +1,35 @@
+"""Weights of a new model: each entry from a random stream of its own, so that they do not depend on the layout."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from ep_engine.checkpoint import Shard, expected_entries
+from ep_engine.model_config import ModelConfig
+
+
+def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> None:
+    """Fill a model's entries in place: norms with 1, biases with 0, the rest from N(0, initializer_range^2).
+
+    Args:
+        entries: what this rank holds, from `checkpoint.module_entries`.
+        config: the model; `expected_entries` gives the shape of each entry.
+        seed: of all streams.
+    """
+    shapes = expected_entries(config)
+    for name, shard in entries.items():
+        flat = shard.tensor.view(-1)
+        if name.endswith("norm.weight"):
+            flat.fill_(1.0)
+        elif name.endswith(".bias"):
+            flat.zero_()
+        else:
+            # Drawn whole: the part of a rank is the same whatever the other parts are.
+            whole = torch.randn(shapes[name], generator=_stream(seed, name)).view(-1) * config.initializer_range
+            flat.copy_(whole[shard.first : shard.first + flat.numel()])
+
+
+def _stream(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)

@@ -1,0 +1,96 @@
+"""Ranks and their grids: what torchrun says, and the two meshes over the same ranks.
+
+    dense weights and the batch:  (dp,)        experts:  (edp, ep),  edp * ep = dp
+
+The only place that makes process groups.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this job, and which of them this process is."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """What torchrun has set; one rank without it."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "01010", strict=True)))
+
+    def pick_device(self, wanted: str) -> torch.device:
+        """`auto`: a GPU if every rank of the node has one of its own, else the CPU."""
+        if wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= self.local_size):
+            return torch.device("cuda", self.local_rank)
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The two grids over the ranks of a job."""
+
+    dense: DeviceMesh  # ("dp",)
+    experts: DeviceMesh  # ("edp", "ep")
+    node_of_rank: list[int]  # [world size]
+
+    def ep_tiers(self) -> list[str]:
+        """Link tier from this rank to every rank of its expert-parallel group: self, node or network."""
+        own = dist.get_rank()
+        ranks = dist.get_process_group_ranks(self.experts["ep"].get_group())
+        node = self.node_of_rank
+        return ["self" if r == own else "node" if node[r] == node[own] else "network" for r in ranks]
+
+
+@contextmanager
+def process_groups(world: World, device: torch.device, ep_size: int, timeout_s: float) -> Iterator[Meshes]:
+    """Join the other ranks, make the meshes, and leave at the end.
+
+    Args:
+        world: from torchrun; its size is a multiple of `ep_size`.
+        device: where this rank computes.
+        ep_size: ranks of an expert-parallel group; the ranks of one group have consecutive numbers.
+        timeout_s: a rank that hears nothing from another for so long fails.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world.size == 1:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield _make_meshes(world, device, ep_size, timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def _make_meshes(world: World, device: torch.device, ep_size: int, timeout: timedelta) -> Meshes:
+    assert dist.group.WORLD is not None, "the process group was just made"
+    # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
+    dense = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("dp",))
+    grid = torch.arange(world.size).view(-1, ep_size)
+    own: dict[str, dist.ProcessGroup] = {}
+    for axis, groups in (("edp", grid.t().tolist()), ("ep", grid.tolist())):
+        for ranks in groups:  # every rank takes part in making every group
+            group = dist.new_group(ranks, timeout=timeout, group_desc=axis)
+            if world.rank in ranks:
+                own[axis] = group
+    experts = DeviceMesh.from_group([own["edp"], own["ep"]], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
+    nodes: list[int] = [0] * world.size
+    dist.all_gather_object(nodes, world.node)
+    return Meshes(dense, experts, nodes)

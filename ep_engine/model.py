@@ -1,0 +1,165 @@
+"""A decoder of the LLaMA kind, dense or with mixtures of experts: single-device modules that know of no rank.
+
+Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabulary   H heads   G key/value heads
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ep_engine.load_balance import RouterStatistics
+from ep_engine.model_config import ModelConfig
+from ep_engine.moe_layer import MoELayer
+
+
+class DecoderOutput(NamedTuple):
+    """What a decoder returns."""
+
+    logits: Tensor  # (B, S, V)
+    routers: tuple[RouterStatistics, ...]  # of every MoE layer, in order
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm, head. Weights are left as they are made: a checkpoint or `initial.py` fills them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> DecoderOutput:
+        """Token ids (B, S) int64 in [0, V) -> logits, causal."""
+        x_BSD = self.embed(tokens_BS)
+        cos_sin = rotary_table(self.config, tokens_BS.shape[1], tokens_BS.device)
+        routers: list[RouterStatistics] = []
+        for layer in self.layers:
+            x_BSD, router = layer(x_BSD, cos_sin)
+            if router is not None:
+                routers.append(router)
+        x_BSD = self.norm(x_BSD)
+        logits_BSV = F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
+        return DecoderOutput(logits_BSV, tuple(routers))
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The mixtures of experts, by the index of their layer."""
+        moes = {i: getattr(layer, "moe", None) for i, layer in enumerate(self.layers)}
+        return {i: moe for i, moe in moes.items() if isinstance(moe, MoELayer)}
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense FFN or a mixture of experts, each on the normed residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.moe is None:
+            self.ffn = FeedForward(config)
+        else:
+            self.moe = MoELayer(config.moe, config.hidden_size, index)
+        self.is_moe = config.moe is not None
+
+    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, RouterStatistics | None]:
+        """(B, S, D) -> (B, S, D), and what the router did if there is one."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin)
+        h_BSD = self.ffn_norm(x_BSD)
+        if not self.is_moe:
+            return x_BSD + self.ffn(h_BSD), None
+        y_TD, router = self.moe(h_BSD.flatten(0, 1))
+        return x_BSD + y_TD.view_as(x_BSD), router
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = head_dim
+        self.w_q = nn.Linear(d, config.num_heads * head_dim, bias=bias)
+        self.w_k = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
+        self.w_v = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
+        self.w_o = nn.Linear(config.num_heads * head_dim, d, bias=bias)
+
+    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        q, k, v = (self._heads(w(x_BSD)) for w in (self.w_q, self.w_k, self.w_v))
+        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
+        y_BHSd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        out: Tensor = self.w_o(y_BHSd.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, S, heads * head_dim) -> (B, heads, S, head_dim)."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU, arXiv:2002.05202 eq. 6."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.w_gate = nn.Linear(d, f, bias=bias)
+        self.w_up = nn.Linear(d, f, bias=bias)
+        self.w_down = nn.Linear(f, d, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        y: Tensor = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, arXiv:1910.07467 eq. 4; float32 up to the weight, as LLaMA does."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        scaled: Tensor = self.weight * normed.to(x.dtype)
+        return scaled
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in the half-split layout of Hugging Face: (B, heads, S, d) with tables (S, d), in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0..length-1, (S, head_dim) float32 each, arXiv:2104.09864 eq. 34."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
+    """Frequencies for contexts longer than the model was trained on, as transformers' rope types do it."""
+    if scaling is None:
+        return frequencies
+    factor = scaling["factor"]
+    stretched: Tensor = frequencies / factor
+    if scaling["rope_type"] == "linear":
+        return stretched
+    assert scaling["rope_type"] == "llama3", "conversion refuses other types"
+    # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended.
+    old_length = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = old_length * frequencies / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(stretched, frequencies, blend)

@@ -1,0 +1,84 @@
+"""The optimiser: fused AdamW on sharded weights, a cosine schedule, and the gradient norm over all ranks."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ep_engine.checkpoint import Shard
+from ep_engine.config import TrainSection
+from ep_engine.model import Decoder
+from ep_engine.parallelize import entries_of
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def make_optimizer(model: Decoder, train: TrainSection) -> torch.optim.AdamW:
+    """AdamW, arXiv:1711.05101, with its moments made at once, so that a checkpoint can be loaded into them."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        fused=True,
+    )
+    for parameter in model.parameters():
+        moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+        step = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
+        optimizer.state[parameter] = {"step": step, **moments}
+    return optimizer
+
+
+def moment_entries(model: Decoder, optimizer: torch.optim.AdamW) -> dict[str, Shard]:
+    """Checkpoint entries of both moments, `exp_avg/<entry of the weight>` and `exp_avg_sq/...`."""
+    entries: dict[str, Shard] = {}
+    for moment in _MOMENTS:
+        tensors = {name: optimizer.state[p][moment] for name, p in model.named_parameters()}
+        entries |= entries_of(model, tensors, f"{moment}/")
+    return entries
+
+
+def set_step(optimizer: torch.optim.AdamW, step: int) -> None:
+    """Tell AdamW how many steps its moments have seen, for the correction of their bias."""
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+
+
+def learning_rate(train: TrainSection, step: int) -> float:
+    """Rate of step 0..steps-1: linear warm-up, then half a cosine down to the minimum at the last step."""
+    if step < train.warmup_steps:
+        return train.learning_rate * (step + 1) / train.warmup_steps
+    span = max(train.steps - 1 - train.warmup_steps, 1)
+    falling = 0.5 * (1 + math.cos(math.pi * min((step - train.warmup_steps) / span, 1.0)))
+    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * falling
+
+
+def sum_over_ranks(loss: Tensor, model: Decoder, group: dist.ProcessGroup) -> tuple[float, float]:
+    """The loss and the gradient norm of all ranks: each weight's gradient lies on exactly one of them.
+
+    Args:
+        loss: this rank's share of the loss, a scalar.
+        model: after the backward pass.
+        group: all ranks.
+    """
+    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
+    squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
+    both = torch.stack((loss.detach().float(), squares))
+    dist.all_reduce(both, group=group)
+    total, square = both.tolist()
+    return total, math.sqrt(square) if square >= 0 else math.nan
+
+
+def clip_gradients(model: Decoder, norm: float, largest: float) -> None:
+    """Scale all gradients so that their global norm is at most `largest`."""
+    if norm > largest:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(largest / norm)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,83 @@
+"""Joins a model and the meshes: experts over ep, dense weights over dp, experts' copies over edp. The only place.
+
+The model is single-device code and stays so; this file gives its MoE layers their site and transport, and shards its
+weights with FSDP2.
+"""
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ep_engine.checkpoint import Shard, module_entries
+from ep_engine.ledger import Ledger
+from ep_engine.mesh import Meshes
+from ep_engine.model import Decoder
+from ep_engine.model_config import ModelConfig
+from ep_engine.placement import Placement
+from ep_engine.plan import Site
+from ep_engine.transport import Alone, Collective, Link
+
+
+def build(
+    config: ModelConfig,
+    placement: Placement | None,
+    meshes: Meshes,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    one_row_per_copy: bool = False,
+) -> tuple[Decoder, Ledger]:
+    """Make this rank's part of a model, its weights not yet set.
+
+    Gradients are summed, not averaged, over ranks: divide the loss by the number of tokens of all ranks.
+
+    Args:
+        config: the model.
+        placement: of its experts; its tree must have the expert-parallel size as a cut. None for a dense model.
+        meshes: the ranks.
+        device: where weights live.
+        dtype: of computation; weights and gradient sums are float32. The router computes in float32 regardless.
+        one_row_per_copy: see `Site`.
+
+    Returns:
+        The model, and the ledger in which its layers write.
+    """
+    ep_mesh = meshes.experts["ep"]
+    ledger = Ledger(meshes.ep_tiers())
+    with torch.device("meta"):
+        model = Decoder(config)
+        if config.moe is not None:
+            assert placement is not None, "a MoE model has a placement"
+            cut = placement.cut(ep_mesh.size())
+            transport = Alone() if ep_mesh.size() == 1 else Collective(ep_mesh.get_group())
+            for i, moe in model.moe_layers().items():
+                site = Site.of(placement, i, cut, transport.rank, one_row_per_copy=one_row_per_copy)
+                moe.join(site, Link(transport, ledger, i))
+    _shard(model, meshes, dtype)
+    model.to_empty(device=device)
+    return model, ledger
+
+
+def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
+    compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for moe in model.moe_layers().values():
+        fully_shard(moe.experts, mesh=meshes.experts["edp"], mp_policy=compute)
+        if dtype != torch.float32:
+            # By itself: cast with the rest of its layer, its weights would be rounded.
+            exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(moe.router, mesh=meshes.dense["dp"], mp_policy=exact)
+    for layer in model.layers:
+        fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)
+    fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Plain sums: any other factor needs a reduction that gloo has not.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def entries_of(model: Decoder, tensors: dict[str, DTensor] | None = None, prefix: str = "") -> dict[str, Shard]:
+    """Checkpoint entries of this rank's weights, or of tensors that lie as they do (moments), under `prefix`."""
+    named = dict(model.named_parameters()) if tensors is None else tensors
+    expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in model.moe_layers().items()}
+    return module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids)

@@ -1,0 +1,88 @@
+"""Profile: count on real text which experts serve tokens together."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ep_engine import checkpoint, ops
+from ep_engine.checkpoint import read_manifest
+from ep_engine.collaboration import Profile
+from ep_engine.errors import UserError
+from ep_engine.model import Decoder
+from ep_engine.model_config import read_model_config
+from ep_engine.parallelize import entries_of
+from ep_engine.tokens import Batches, TokenFile
+
+_ROWS = 16  # windows per forward pass
+
+
+@torch.no_grad()
+def profile(
+    folder: Path,
+    tokens: TokenFile,
+    *,
+    max_tokens: int,
+    sequence_length: int,
+    seed: int = 0,
+    device: torch.device | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Profile:
+    """Count co-activation over a random sample of windows of a token file, without gradients, in one process.
+
+    Args:
+        folder: engine checkpoint of a MoE model.
+        tokens: the text.
+        max_tokens: how many tokens, rounded down to whole windows; at least one window.
+        sequence_length: S, tokens of a window.
+        seed: of the sample.
+        device: where to run; the CPU by default.
+        advance: called with the number of tokens done.
+
+    Raises:
+        UserError: the model is dense, or the text is shorter than asked for.
+    """
+    config = read_model_config(folder / "model.json")
+    if config.moe is None:
+        raise UserError(f"{folder} is a dense model, profile counts experts; split it first")
+    if max_tokens < sequence_length:
+        raise UserError(f"--max-tokens ({max_tokens}) must be at least one window of {sequence_length} tokens")
+    model = load_model(folder, device or torch.device("cpu"))
+    num_windows = max_tokens // sequence_length
+    batches = Batches(tokens, sequence_length=sequence_length, batch_size=1, seed=seed)
+    experts = config.moe.num_experts
+    counts_LEE = torch.zeros(config.num_layers, experts, experts, dtype=torch.int64, device=device)
+    for start in range(0, num_windows, _ROWS):
+        windows = range(start, min(start + _ROWS, num_windows))
+        inputs_BS = torch.cat([batches.batch(window)[0] for window in windows])
+        for counts_EE, router in zip(counts_LEE, model(inputs_BS.to(device)).routers, strict=True):
+            ops.count_pairs(router.ids_TK, counts_EE)
+        advance((start + len(windows)) * sequence_length)
+    counts = counts_LEE.cpu().numpy()
+    load = np.diagonal(counts, axis1=1, axis2=2).copy()
+    counts[:, range(experts), range(experts)] = 0
+    about = {
+        "tokens": num_windows * sequence_length,
+        "seed": seed,
+        "model_hash": _hash_of_model(folder),
+        "corpus_hash": hashlib.sha256(tokens.bin_path.read_bytes()).hexdigest(),
+    }
+    return Profile(counts, load, config.moe.top_k, about)
+
+
+def load_model(folder: Path, device: torch.device) -> Decoder:
+    """A whole model of an engine checkpoint in this process, in evaluation mode."""
+    with torch.device("meta"):
+        model = Decoder(read_model_config(folder / "model.json"))
+    model.to_empty(device=device)
+    checkpoint.load(folder, entries_of(model))
+    return model.eval()
+
+
+def _hash_of_model(folder: Path) -> str:
+    """sha256 over the checksums of all weights."""
+    sums = read_manifest(folder)["checksums"]
+    weights = sorted(f"{name} {value}" for name, value in sums.items() if "/" not in name)
+    return hashlib.sha256("\n".join(weights).encode()).hexdigest()

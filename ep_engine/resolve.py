@@ -1,0 +1,162 @@
+"""From a run's configuration to what will be trained: every file read, every relation checked, before any group."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ep_engine.checkpoint import read_manifest
+from ep_engine.collaboration import collaboration_lists, read_profile
+from ep_engine.config import RunConfig
+from ep_engine.errors import UserError
+from ep_engine.model_config import ModelConfig, RoutingConfig, first_sentence, read_model_config
+from ep_engine.output import check_output_folder
+from ep_engine.placement import Placement, read_placement
+from ep_engine.tokens import Batches, TokenFile, heldout_batches
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that can start."""
+
+    config: RunConfig
+    model: ModelConfig
+    placement: Placement | None  # of a MoE model
+    checkpoint: Path | None  # whose weights to load; None: new weights
+    resume: Path | None  # checkpoint with moments and a step to go on from
+    train: TokenFile
+    heldout: TokenFile | None
+
+
+def resolve(config: RunConfig, world_size: int, *, overwrite: bool = False) -> Run:
+    """Read and check everything a run needs; touches no output.
+
+    Args:
+        config: what the user asked for.
+        world_size: ranks of the job.
+        overwrite: a run folder that is not empty may be replaced.
+
+    Raises:
+        UserError: the ranks, the experts, the placement, the lists, the data or the run folder do not fit.
+    """
+    _check_ranks(config, world_size)
+    resume = _last_checkpoint(config) if config.output.resume else None
+    if not config.output.resume:
+        check_output_folder(config.output.folder, overwrite=overwrite)
+    checkpoint = resume or config.model.checkpoint
+    model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
+    placement = _placement(config, model)
+    if config.data.sequence_length > model.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length ({config.data.sequence_length}) is longer than the model's positions "
+            f"({model.max_position_embeddings}); choose a shorter one"
+        )
+    train = TokenFile(config.data.train)
+    heldout = TokenFile(config.data.heldout) if config.data.heldout else None
+    _check_data(config, train, heldout)
+    return Run(config, _routed(config, model, placement), placement, checkpoint, resume, train, heldout)
+
+
+def _check_ranks(config: RunConfig, world_size: int) -> None:
+    dp, ep = config.parallel.data_parallel_size or world_size, config.parallel.expert_parallel_size
+    if dp != world_size:
+        raise UserError(
+            f"parallel.data_parallel_size ({dp}) needs {dp} ranks, but the job has {world_size} (WORLD_SIZE); start "
+            f"torchrun with {dp}, or leave the key out"
+        )
+    if dp % ep:
+        raise UserError(
+            f"parallel.expert_parallel_size ({ep}) must divide the {dp} ranks of the job (WORLD_SIZE); choose another "
+            "number of ranks"
+        )
+    if config.data.batch_size % dp:
+        raise UserError(f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks of the job")
+
+
+def _last_checkpoint(config: RunConfig) -> Path:
+    checkpoints = sorted((config.output.folder / "checkpoints").glob("step_*"))
+    if not checkpoints:
+        raise UserError(f"output.resume is set, but {config.output.folder}/checkpoints holds none; start without it")
+    step = read_manifest(checkpoints[-1])["training"].get("step")
+    if step is None or step >= config.train.steps:
+        raise UserError(
+            f"{checkpoints[-1]} is at step {step} and train.steps is {config.train.steps}; there is nothing left to do"
+        )
+    return checkpoints[-1]
+
+
+def _new_model(config: RunConfig) -> ModelConfig:
+    sizes = config.model.model_dump(exclude={"checkpoint"}, exclude_none=True)
+    heads, hidden = sizes["num_heads"], sizes["hidden_size"]
+    if hidden % heads or (hidden // heads) % 2:
+        raise UserError(
+            f"model.hidden_size ({hidden}) must be a multiple of 2 * model.num_heads ({heads}): rotary positions turn "
+            "pairs of channels"
+        )
+    try:
+        return ModelConfig(**{"num_kv_heads": heads, **sizes}, head_dim=hidden // heads)
+    except ValidationError as error:
+        raise UserError(first_sentence(error)) from None
+
+
+def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
+    ep_size = config.parallel.expert_parallel_size
+    if model.moe is None:
+        asked = [name for name in ("moe", "routing") if getattr(config, name).model_fields_set]
+        if ep_size > 1 or asked:
+            what = f"[{asked[0]}]" if asked else f"parallel.expert_parallel_size ({ep_size})"
+            raise UserError(f"{what} needs a model with experts, this one is dense; split it first")
+        return None
+    num_experts = model.moe.num_experts
+    if ep_size > num_experts:
+        raise UserError(
+            f"parallel.expert_parallel_size ({ep_size}) is larger than the model's number of experts ({num_experts}): "
+            "every rank must hold one; use fewer ranks"
+        )
+    if config.moe.placement is None:
+        return Placement.contiguous(num_experts, ep_size, model.num_layers)
+    placement = read_placement(config.moe.placement)
+    if (len(placement.layers), placement.num_experts) != (model.num_layers, num_experts):
+        raise UserError(
+            f"moe.placement {config.moe.placement} has {len(placement.layers)} layers of {placement.num_experts} "
+            f"experts, the model {model.num_layers} of {num_experts}; place a profile of this model"
+        )
+    placement.cut(ep_size)
+    return placement
+
+
+def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -> ModelConfig:
+    """The model with the run's selection rule in the place of its own."""
+    routing = config.routing
+    if model.moe is None or placement is None:
+        return model
+    if routing.rule is None:
+        unused = [f"routing.{name}" for name in ("top_t", "profile", "max_devices") if name in routing.model_fields_set]
+        if unused:
+            raise UserError(f"{unused[0]} is set without routing.rule and would have no effect; set the rule too")
+        return model
+    tables = RoutingConfig(rule=routing.rule)
+    if routing.rule != "topk":
+        if routing.profile is None:
+            raise UserError(f"routing.rule {routing.rule} needs routing.profile; make one with `ep-engine profile`")
+        profile = read_profile(routing.profile)
+        tables = tables.model_copy(update={"top_t": routing.top_t, "lists": collaboration_lists(profile.counts)})
+    if routing.rule == "c2r_grouped":
+        devices = [placement.device_of_expert(layer) for layer in range(model.num_layers)]
+        tables = tables.model_copy(update={"max_devices": routing.max_devices, "device_of_expert": devices})
+    try:
+        return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
+    except ValidationError as error:
+        raise UserError(first_sentence(error)) from None
+
+
+def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:
+    data = config.data
+    Batches(train, sequence_length=data.sequence_length, batch_size=data.batch_size, seed=config.train.seed)
+    if heldout is not None:
+        heldout_batches(
+            heldout,
+            sequence_length=data.sequence_length,
+            batch_size=data.batch_size,
+            num_batches=data.heldout_batches,
+        )

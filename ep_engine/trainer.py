@@ -1,0 +1,285 @@
+"""Train: the loop over steps, and what a run leaves in its folder.
+
+FOLDER/run.toml                  what was asked, with the layout and the versions as comments
+FOLDER/metrics.jsonl             a line every `train.log_every` steps
+FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
+FOLDER/summary.json              written last: the figures of the whole run
+"""
+
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ep_engine import checkpoint
+from ep_engine.config import RunConfig, to_toml
+from ep_engine.errors import Fault, UserError
+from ep_engine.evaluate import Evaluation, evaluate
+from ep_engine.initial import initialise
+from ep_engine.ledger import Ledger
+from ep_engine.load_balance import load_balance_loss
+from ep_engine.mesh import Meshes, World, process_groups
+from ep_engine.model import Decoder
+from ep_engine.optimizer import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    moment_entries,
+    set_step,
+    sum_over_ranks,
+)
+from ep_engine.output import whole_file
+from ep_engine.parallelize import build, entries_of
+from ep_engine.resolve import Run
+from ep_engine.tokens import Batches, heldout_batches
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, Any]:
+    """Train and return what stands in summary.json; every rank of the job calls this.
+
+    Args:
+        run: from `resolve`.
+        world: this process and its fellows.
+        report: called on rank 0 with every line of metrics.jsonl.
+
+    Raises:
+        Fault: the loss is not a number (the last checkpoint stays), a rank is gone, or the disk is full.
+    """
+    torch.manual_seed(run.config.train.seed)
+    parallel = run.config.parallel
+    device = world.pick_device(parallel.device)
+    with process_groups(world, device, parallel.expert_parallel_size, parallel.timeout_s) as meshes:
+        trainer = Trainer(run, meshes, device)
+        summary = trainer.run_steps(report if world.rank == 0 else lambda _: None)
+        dist.barrier()
+        return summary
+
+
+@dataclass
+class _Window:
+    """What happened since the last line of metrics."""
+
+    started: float = field(default_factory=time.perf_counter)
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+    load_LE: Tensor | None = None
+
+
+class Trainer:
+    """One run on one rank."""
+
+    def __init__(self, run: Run, meshes: Meshes, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.config: RunConfig = run.config
+        self.group: dist.ProcessGroup = meshes.dense.get_group()
+        self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.model: Decoder
+        self.model, self.ledger = build(
+            run.model,
+            run.placement,
+            meshes,
+            device=device,
+            dtype=getattr(torch, self.config.train.dtype),
+            one_row_per_copy=self.config.moe.combine == "per_expert",
+        )
+        self.optimizer = make_optimizer(self.model, self.config.train)
+        self.step = self._load()
+        data, train = self.config.data, self.config.train
+        self.batches = Batches(
+            run.train, sequence_length=data.sequence_length, batch_size=data.batch_size, seed=train.seed
+        )
+        self.tokens_per_step = data.batch_size * data.sequence_length
+        self.total = Ledger(self.ledger.tier_of_rank)
+        self.speeds: list[float] = []
+        self.loads_LE: Tensor | None = None
+
+    def _load(self) -> int:
+        """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
+        weights = entries_of(self.model)
+        if self.run.checkpoint is None:
+            initialise(weights, self.run.model, self.config.train.seed)
+            return 0
+        moments = moment_entries(self.model, self.optimizer) if self.run.resume else {}
+        kept = checkpoint.load(self.run.checkpoint, {**weights, **moments}, group=self.group)
+        step: int = kept["step"] if self.run.resume else 0
+        set_step(self.optimizer, step)
+        return step
+
+    def run_steps(self, report: Report) -> dict[str, Any]:
+        """All steps that are left, the last evaluation and the summary."""
+        folder, train = self.config.output.folder, self.config.train
+        self._open_folder(folder)
+        window = _Window()
+        while self.step < train.steps:
+            self._one_step(window)
+            if self.step % train.log_every == 0 or self.step == train.steps:
+                line = self._metrics(window)
+                self._append(folder / "metrics.jsonl", line)
+                report(line)
+                window = _Window()
+            if self.step == train.steps or (train.save_every and self.step % train.save_every == 0):
+                self._save(folder)
+                window.started = time.perf_counter()  # a save is no training
+        summary = self._summary()
+        if self.rank == 0:
+            with whole_file(folder / "summary.json") as beside:
+                beside.write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def _one_step(self, window: _Window) -> None:
+        train = self.config.train
+        inputs_BS, targets_BS = self.batches.batch(self.step, self.rank, self.num_ranks)
+        self._check_vocabulary(inputs_BS, targets_BS)
+        output = self.model(inputs_BS.to(self.device))
+        # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
+        targets_T = targets_BS.to(self.device).flatten()
+        entropy = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_T, reduction="sum")
+        share = entropy / self.tokens_per_step
+        loss = share
+        if output.routers and train.load_balance > 0:
+            loss = share + train.load_balance * load_balance_loss(output.routers, self.tokens_per_step, self.group)
+        loss.backward()
+        total, norm = sum_over_ranks(share, self.model, self.group)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise Fault(
+                f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; training stopped, the last "
+                f"checkpoint in {self.config.output.folder} is good, lower train.learning_rate",
+                everywhere=True,
+            )
+        clip_gradients(self.model, norm, train.clip_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(train, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        window.tokens += self.tokens_per_step
+        window.losses.append(total)
+        self.last_norm = norm
+        if output.routers:
+            load_LE = torch.stack([router.load_E for router in output.routers])
+            window.load_LE = load_LE if window.load_LE is None else window.load_LE + load_LE
+
+    def _check_vocabulary(self, *tokens: Tensor) -> None:
+        largest = max(int(part.max()) for part in tokens)
+        if largest >= self.run.model.vocab_size:
+            raise UserError(
+                f"{self.config.data.train} holds token id {largest}, the model's vocabulary has "
+                f"{self.run.model.vocab_size}; use the tokenizer that the model was made for"
+            )
+
+    def _metrics(self, window: _Window) -> dict[str, Any]:
+        seconds = time.perf_counter() - window.started
+        line: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "loss": statistics.fmean(window.losses),
+            "losses": window.losses,
+            "grad_norm": self.last_norm,
+            "learning_rate": learning_rate(self.config.train, self.step - 1),
+            "tokens_per_second": window.tokens / seconds,
+        }
+        self.speeds.append(line["tokens_per_second"])
+        if window.load_LE is not None:
+            dist.all_reduce(window.load_LE, group=self.group)
+            self.loads_LE = window.load_LE if self.loads_LE is None else self.loads_LE + window.load_LE
+            ledger = self.ledger.gathered(self.group)
+            self.ledger.reset()
+            self.total.add(ledger)
+            line |= {
+                "load_max_over_mean": max_over_mean(window.load_LE),
+                "bytes_per_token": ledger.bytes_per_token(),
+                "devices_per_token": ledger.rows_per_token("dedup", remote=False),
+            }
+        return line
+
+    def _summary(self) -> dict[str, Any]:
+        # The first window pays for warm-up, where there is more than one.
+        speeds = self.speeds[1:] or self.speeds
+        summary: dict[str, Any] = {
+            "steps": self.step,
+            "ranks": self.num_ranks,
+            "device": str(self.device),
+            "tokens_per_second": statistics.median(speeds) if speeds else None,
+            "tokens_per_second_spread": [min(speeds), max(speeds)] if speeds else None,
+            "heldout_loss": None,
+        }
+        evaluation = self._evaluate()
+        if evaluation is not None:
+            summary |= {"heldout_loss": evaluation.loss, "heldout_tokens": evaluation.num_tokens}
+        if self.loads_LE is not None and self.run.placement is not None:
+            changed = evaluation.changed_share if evaluation else None
+            summary |= {
+                "changed_share": changed,
+                "load_max_over_mean": max_over_mean(self.loads_LE),
+                "device_load_max_over_mean": max_over_mean(self._per_rank(self.loads_LE)),
+                "ledger": self.total.to_json(),
+            }
+        return summary
+
+    def _per_rank(self, load_LE: Tensor) -> Tensor:
+        """Copies that each rank of an expert-parallel group works on, (L, P)."""
+        placement = self.run.placement
+        assert placement is not None, "only a MoE model has loads"
+        cut = placement.cut(self.config.parallel.expert_parallel_size)
+        load_LP = load_LE.new_zeros(len(load_LE), cut.ep_size)
+        for layer in range(len(load_LE)):
+            ranks = torch.tensor(placement.slot_of_expert(layer), device=load_LE.device) // cut.slots_per_rank
+            load_LP[layer].index_add_(0, ranks, load_LE[layer])
+        return load_LP
+
+    def _evaluate(self) -> Evaluation | None:
+        if self.run.heldout is None:
+            return None
+        data = self.config.data
+        batches = heldout_batches(
+            self.run.heldout,
+            sequence_length=data.sequence_length,
+            batch_size=data.batch_size,
+            num_batches=data.heldout_batches,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
+        return evaluate(self.model, batches, self.device, self.group)
+
+    def _save(self, folder: Path) -> None:
+        entries = {**entries_of(self.model), **moment_entries(self.model, self.optimizer)}
+        checkpoint.save(
+            folder / "checkpoints" / f"step_{self.step:06}",
+            self.run.model,
+            entries,
+            training={"step": self.step},
+            source=self.config.data.tokenizer or self.run.checkpoint,
+            group=self.group,
+            overwrite=True,
+        )
+
+    def _open_folder(self, folder: Path) -> None:
+        if self.rank == 0 and self.run.resume is None:
+            if folder.exists():
+                shutil.rmtree(folder)  # `resolve` asked whether that is wanted
+            folder.mkdir(parents=True)
+            layout = f"# {self.num_ranks} ranks on {self.device.type}, torch {torch.__version__}\n"
+            (folder / "run.toml").write_text(layout + to_toml(self.config))
+        dist.barrier(self.group)
+
+    def _append(self, path: Path, line: dict[str, Any]) -> None:
+        if self.rank == 0:
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def max_over_mean(load: Tensor) -> float:
+    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance."""
+    return float((load.max(dim=1).values / load.mean(dim=1)).mean())
