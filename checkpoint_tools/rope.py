@@ -47,4 +47,5 @@ def read(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] |
 
 def write(model: ModelConfig) -> dict[str, Any]:
     """The keys of config.json."""
-    return {"rope_theta": model.rope_theta, "rope_scaling": model.rope_scaling}
+    scaling = {} if model.rope_scaling is None else {"rope_scaling": model.rope_scaling}
+    return {"rope_theta": model.rope_theta, **scaling}

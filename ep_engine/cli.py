@@ -1,5 +1,6 @@
 """The command line: `ep-engine quickstart | train | profile | place`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ def quickstart_command(
     as_json: Json = False,
 ) -> None:
     """Go the whole way: text, a dense model, experts, placement, four ways to route, a report, an export."""
+    # transformers, when first imported, decides where to copy the code of the export: not into the user's cache.
+    os.environ.setdefault("HF_MODULES_CACHE", str((out / "hf_modules").resolve()))
     from ep_engine.quickstart import quickstart
 
     summary = quickstart(out, overwrite=overwrite)

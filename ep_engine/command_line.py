@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Any, NoReturn
 
 import typer
@@ -10,11 +11,13 @@ from typer.exceptions import TyperException
 from ep_engine.errors import Fault, UserError
 from ep_engine.mesh import World
 
+_FIRST_RANK_SPEAKS_S = 10.0  # ranks start seconds apart
+
 
 def exit_with_sentence(command: typer.Typer) -> NoReturn:
     """Run a command line and exit: status 2 for what the user got wrong, 1 for a fault, each with one sentence.
 
-    Of several ranks the first speaks for all where all have the same to say.
+    Where all ranks have the same to say, the first says it: torchrun stops the others as soon as it has exited.
     """
     rank, everywhere = World.from_environment().rank, True
     try:
@@ -29,8 +32,9 @@ def exit_with_sentence(command: typer.Typer) -> NoReturn:
         status, sentence = 1, f"{error.filename or 'the operating system'}: {error.strerror or error}"
     except (typer.Abort, KeyboardInterrupt):
         status, sentence = 130, "interrupted; nothing was written"
-    if rank == 0 or not everywhere:
-        typer.echo(" ".join(sentence.split()), err=True)
+    if rank > 0 and everywhere:
+        time.sleep(_FIRST_RANK_SPEAKS_S)  # still here: the first rank has nothing to say
+    typer.echo(" ".join(sentence.split()), err=True)
     sys.exit(status)
 
 

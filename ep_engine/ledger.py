@@ -65,17 +65,15 @@ class Ledger:
         self.tokens.update(other.tokens)
 
     def bytes_per_token(self) -> dict[str, float]:
-        """Bytes that left a rank, per token and layer, by direction and in total."""
-        tokens = sum(self.tokens.values())
-        by_direction = {
-            direction: sum(n for (_, d, tier), n in self.sent.items() if d == direction and tier != "self")
-            for direction in DIRECTIONS
-        }
-        per_token = {name: n / max(tokens, 1) for name, n in by_direction.items()}
+        """Bytes that left a rank, per token and over all layers, by direction and in total."""
+        per_token = dict.fromkeys(DIRECTIONS, 0.0)
+        for (layer, direction, tier), num_bytes in self.sent.items():
+            if tier != "self":
+                per_token[direction] += num_bytes / max(self.tokens[layer], 1)
         return {**per_token, "total": sum(per_token.values())}
 
     def rows_per_token(self, protocol: str, *, remote: bool) -> float:
-        """Rows per token and layer in the forward dispatch: all of them, or those that left a rank."""
+        """Rows per token in the forward dispatch of a layer, on average: all of them, or those that left a rank."""
         found = sum(n for (_, p, tier), n in self.rows.items() if p == protocol and not (remote and tier == "self"))
         return found / max(sum(self.tokens.values()), 1)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ep_engine.checkpoint import read_manifest
 from ep_engine.collaboration import collaboration_lists, read_profile
@@ -102,7 +102,7 @@ def _new_model(config: RunConfig) -> ModelConfig:
 def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
     ep_size = config.parallel.expert_parallel_size
     if model.moe is None:
-        asked = [name for name in ("moe", "routing") if getattr(config, name).model_fields_set]
+        asked = [name for name in ("moe", "routing") if _differs(getattr(config, name))]
         if ep_size > 1 or asked:
             what = f"[{asked[0]}]" if asked else f"parallel.expert_parallel_size ({ep_size})"
             raise UserError(f"{what} needs a model with experts, this one is dense; split it first")
@@ -131,9 +131,9 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
     if model.moe is None or placement is None:
         return model
     if routing.rule is None:
-        unused = [f"routing.{name}" for name in ("top_t", "profile", "max_devices") if name in routing.model_fields_set]
+        unused = _differs(routing)
         if unused:
-            raise UserError(f"{unused[0]} is set without routing.rule and would have no effect; set the rule too")
+            raise UserError(f"routing.{unused[0]} is set without routing.rule and has no effect; set the rule too")
         return model
     tables = RoutingConfig(rule=routing.rule)
     if routing.rule != "topk":
@@ -148,6 +148,11 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
         return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
+
+
+def _differs(section: BaseModel) -> list[str]:
+    """Keys of a section that are not at their default."""
+    return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
 
 
 def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:
