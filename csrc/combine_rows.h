@@ -1,10 +1,11 @@
 // combine_rows: out[r] = sum over c of weight[r, c] * y[index[r, c]], summed along a tree.
 // combine_rows_weight_grad: grad_weight[r, c] = <grad_out[r], y[index[r, c]]>, accumulated in float.
 //
-// The tree makes the sum independent of how it is cut into ranks. leaf[r, c] is the place of a copy; at level l copies
-// whose leaf / group_sizes[l] is equal are in one group. A group sums its children in their order in float and rounds
-// the sum to the element type, groups without a copy are skipped, and the outermost group is the output. A part of the
-// tree that was summed elsewhere, and so rounded, gives the same bits as if it had been summed here.
+// The tree makes the sum independent of how it is cut into ranks. leaf[r, c] is the place of a copy; at level
+// l copies whose leaf / group_sizes[l] is equal are in one group. A group sums its children in their order in
+// float and rounds the sum to the element type, groups without a copy are skipped, and the outermost group is
+// the output. A part of the tree that was summed elsewhere, and so rounded, gives the same bits as if it had
+// been summed here.
 #pragma once
 
 #include "element.h"
@@ -26,7 +27,8 @@ struct CombineRowsArgs {
   int64_t num_rows;      // may be 0
   int64_t num_columns;
   int64_t dim;
-  int64_t group_sizes[kMaxTreeLevels];  // leaves of a group, innermost level first, each a multiple of the one before
+  int64_t group_sizes[kMaxTreeLevels];  // leaves of a group, innermost level first, each a multiple of the
+                                        // one before
   int num_levels;                       // in [1, kMaxTreeLevels]; the last level is one group
   ElementType type;                     // of y and out
 };

@@ -1,6 +1,7 @@
 // count_pairs: how often two experts serve the same token (arXiv:2504.01337, expert collaboration).
 //
-// counts[i, j] grows by one for every token that chose both i and j, i != j; counts[i, i] for every token that chose i.
+// counts[i, j] grows by one for every token that chose both i and j, i != j; counts[i, i] for every token
+// that chose i.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// gather_rows: out[n] = weight[n] * x[row[n]]; without weights a copy, bit by bit. A row of -1 leaves out[n] alone.
+// gather_rows: out[n] = weight[n] * x[row[n]]; without weights a copy, bit by bit. A row of -1 leaves out[n]
+// alone.
 #pragma once
 
 #include "element.h"

@@ -1,14 +1,14 @@
 // plan_send, plan_arrival: where rows go, as integers. Linear in T * K, no comparison sort.
 //
-//   plan_send     ids (T, K) of this rank's tokens  -> rows to send, one per token and rank, and each token's way back
-//   plan_arrival  local slots (R, W) of the arrived rows -> the same rows grouped by local slot
+//   plan_send     ids (T, K) of this rank's tokens  -> rows to send, one per token and rank, and each token's
+//   way back plan_arrival  local slots (R, W) of the arrived rows -> the same rows grouped by local slot
 //
-// A slot is a place for one expert: slot s lives on rank s / slots_per_rank. An index of -1 means "none": buffers have
-// the size of the worst case, so that a caller can allocate before the counts are known.
+// A slot is a place for one expert: slot s lives on rank s / slots_per_rank. An index of -1 means "none":
+// buffers have the size of the worst case, so that a caller can allocate before the counts are known.
 //
-// Rows stand in the order (rank, token) with the own rank last, so that all that travels is one contiguous run. Rows of
-// one slot stand in the order of the ranks they come from, own rank in its place: the order of the global tokens, the
-// same for every number of ranks.
+// Rows stand in the order (rank, token) with the own rank last, so that all that travels is one contiguous
+// run. Rows of one slot stand in the order of the ranks they come from, own rank in its place: the order of
+// the global tokens, the same for every number of ranks.
 #pragma once
 
 #include <cstdint>
@@ -29,20 +29,22 @@ struct PlanSendArgs {
   int64_t num_ranks;
   int64_t slots_per_rank;
   int64_t own_rank;
-  bool one_row_per_copy;   // a row for each choice instead of one per rank; visits then stand in the order of expert ids
+  bool one_row_per_copy;   // a row for each choice instead of one per rank; visits then stand in the order of
+                           // expert ids
   int64_t max_visits;      // columns of visit_*: top_k if one_row_per_copy, else min(top_k, num_ranks)
   int64_t row_width;       // columns of row_*: 1 if one_row_per_copy, else top_k
   int32_t* rows_per_rank;  // [num_ranks], own rank included
   int32_t* row_token;      // [num_tokens * max_visits], token that a row is of
   int32_t* row_slot;       // [num_tokens * max_visits, row_width], local slots, ascending, then -1
-  int32_t* row_choice;     // [num_tokens * max_visits, row_width], which of the token's choices each slot is, then -1
-  int32_t* visit_row;      // [num_tokens, max_visits], rows of a token by ascending rank, then -1
-  int32_t* visit_rank;     // [num_tokens, max_visits], the ranks, then -1
-  int32_t* scratch;        // [scratch_size(num_tokens, num_ranks)]
+  int32_t*
+      row_choice;  // [num_tokens * max_visits, row_width], which of the token's choices each slot is, then -1
+  int32_t* visit_row;   // [num_tokens, max_visits], rows of a token by ascending rank, then -1
+  int32_t* visit_rank;  // [num_tokens, max_visits], the ranks, then -1
+  int32_t* scratch;     // [scratch_size(num_tokens, num_ranks)]
 };
 
 struct PlanArrivalArgs {
-  const int32_t* row_slot;        // [num_rows, row_width], ascending, then -1; rows by source rank, own rank last
+  const int32_t* row_slot;  // [num_rows, row_width], ascending, then -1; rows by source rank, own rank last
   const int32_t* rows_from_rank;  // [num_ranks]; their sum is at most num_rows
   int64_t num_rows;               // capacity; may be 0
   int64_t row_width;              // in [1, kMaxTopK]

@@ -115,6 +115,13 @@ def combine_rows_weight_grad(grad_out: Tensor, y: Tensor, index_RC: Tensor) -> T
     return grad_RC
 
 
+def linear_rows(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """x @ w.T in float32, (T, E), each row's bits a function of that row alone: csrc/linear_rows.h. CPU only."""
+    out_TE = x_TD.new_empty(len(x_TD), len(w_ED))
+    _ops.linear_rows(x_TD.contiguous(), w_ED.contiguous(), out_TE)
+    return out_TE
+
+
 def count_pairs(ids_TK: Tensor, counts_EE: Tensor) -> None:
     """Add to `counts_EE` (int64) how often two experts serve one token; the diagonal counts the tokens of an expert."""
     _ops.count_pairs(ids_TK.contiguous(), counts_EE)
@@ -131,6 +138,7 @@ def _register_fakes() -> None:
         "gather_rows",
         "combine_rows",
         "combine_rows_weight_grad",
+        "linear_rows",
         "count_pairs",
     ):
         torch.library.register_fake(f"ep_engine::{name}", lambda *_: None)  # outputs are the caller's: no shape to say

@@ -73,7 +73,9 @@ class Progress:
 
     def done(self, sentence: str) -> None:
         """One line for a finished step."""
-        self.console.print(f"[dim]{time.perf_counter() - self.started:5.0f} s[/dim]  {sentence}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[dim]{time.perf_counter() - self.started:5.0f} s[/dim]  {sentence}", highlight=False, soft_wrap=True
+        )
 
     @contextmanager
     def watching_memory(self) -> Iterator[None]:

@@ -9,12 +9,13 @@ Shape letters:  T tokens of this rank   D model dim   E experts   K top_k
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ep_engine import ops
 from ep_engine.errors import UserError
 from ep_engine.model_config import MoEConfig
 
@@ -161,6 +162,26 @@ def make_rule(moe: MoEConfig, layer: int) -> Rule:
     return C2RGrouped(moe.top_k, routing.lists[layer], devices, routing.max_devices, routing.top_t)
 
 
+def linear_by_row(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    """x @ w.T in float32, (T, E). On CPU a token's logits and gradients do not depend on which tokens it is among."""
+    if x_TD.is_cuda:
+        return F.linear(x_TD, w_ED)
+    logits_TE: Tensor = _LinearByRow.apply(x_TD, w_ED)  # type: ignore[no-untyped-call]
+    return logits_TE
+
+
+class _LinearByRow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, w_ED)
+        return ops.linear_rows(x_TD, w_ED)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, w_ED = ctx.saved_tensors
+        return ops.linear_rows(grads[0], w_ED.t()), grads[0].t() @ x_TD
+
+
 class Routing(NamedTuple):
     """The router's answer for the tokens of one rank."""
 
@@ -184,9 +205,9 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """(T, D) of any dtype -> Routing; T may be 0."""
-        logits_TE = F.linear(x_TD.float(), self.w_in.float())
+        logits_TE = linear_by_row(x_TD.float(), self.w_in.float())
         if self.w_out is not None:
-            logits_TE = F.linear(torch.tanh(logits_TE), self.w_out.float())
+            logits_TE = linear_by_row(torch.tanh(logits_TE), self.w_out.float())
         # The logits themselves are compared: softmax keeps their order but may round two of them together.
         ids_TK = self.rule.select(logits_TE.detach())
         weights_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1) * self.score_scale

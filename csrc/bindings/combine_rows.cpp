@@ -41,10 +41,14 @@ void combine_rows(const Tensor& y,
     return;
   }
 #endif
-  in_parallel(num_rows, dim * num_columns, [&](int64_t begin, int64_t end) { combine_rows_cpu(args, begin, end); });
+  in_parallel(
+      num_rows, dim * num_columns, [&](int64_t begin, int64_t end) { combine_rows_cpu(args, begin, end); });
 }
 
-void combine_rows_weight_grad(const Tensor& grad_out, const Tensor& y, const Tensor& index, const Tensor& grad_weight) {
+void combine_rows_weight_grad(const Tensor& grad_out,
+                              const Tensor& y,
+                              const Tensor& index,
+                              const Tensor& grad_weight) {
   STD_TORCH_CHECK(y.dim() == 2 && index.dim() == 2, "combine_rows_weight_grad: y and index must be matrices");
   const int64_t num_rows = index.size(0), num_columns = index.size(1), dim = y.size(1);
   const CombineRowsWeightGradArgs args{
@@ -56,7 +60,8 @@ void combine_rows_weight_grad(const Tensor& grad_out, const Tensor& y, const Ten
       .num_columns = num_columns,
       .dim = dim,
       .type = element_type(y)};
-  STD_TORCH_CHECK(grad_out.size(0) == num_rows, "combine_rows_weight_grad: grad_out must have ", num_rows, " rows");
+  STD_TORCH_CHECK(
+      grad_out.size(0) == num_rows, "combine_rows_weight_grad: grad_out must have ", num_rows, " rows");
 #ifdef EP_WITH_CUDA
   if (y.is_cuda()) {
     on_stream(y, "combine_rows_weight_grad", [&](cudaStream_t stream) {

@@ -1,4 +1,5 @@
-// The list of ops. Outputs are the caller's buffers, marked (a!): no op allocates, and none waits for the device.
+// The list of ops. Outputs are the caller's buffers, marked (a!): no op allocates, and none waits for the
+// device.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -12,14 +13,16 @@ STABLE_TORCH_LIBRARY(ep_engine, m) {
       "Tensor(b!) position, Tensor(c!) copy_row, Tensor(d!) scratch) -> ()");
   m.def("gather_rows(Tensor x, Tensor row, Tensor? weight, Tensor(a!) out) -> ()");
   m.def(
-      "combine_rows(Tensor y, Tensor index, Tensor leaf, Tensor? weight, int[] group_sizes, Tensor(a!) out) -> ()");
-  m.def(
-      "combine_rows_weight_grad(Tensor grad_out, Tensor y, Tensor index, Tensor(a!) grad_weight) -> ()");
+      "combine_rows(Tensor y, Tensor index, Tensor leaf, Tensor? weight, int[] group_sizes, Tensor(a!) out) "
+      "-> ()");
+  m.def("combine_rows_weight_grad(Tensor grad_out, Tensor y, Tensor index, Tensor(a!) grad_weight) -> ()");
+  m.def("linear_rows(Tensor x, Tensor w, Tensor(a!) out) -> ()");
   m.def("count_pairs(Tensor expert_ids, Tensor(a!) counts) -> ()");
 }
 
 // `import ep_engine._C` loads the library and so registers the ops; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module{
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -22,8 +22,10 @@ void plan_send(const Tensor& expert_ids,
   STD_TORCH_CHECK(expert_ids.dim() == 2, "plan_send: expert_ids must be a matrix");
   const Tensor& first = expert_ids;
   const int64_t num_tokens = first.size(0), top_k = first.size(1);
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= kMaxTopK, "plan_send: top_k must be in 1..", kMaxTopK, ", got ", top_k);
-  STD_TORCH_CHECK(own_rank >= 0 && own_rank < num_ranks, "plan_send: own_rank must be a rank, got ", own_rank);
+  STD_TORCH_CHECK(
+      top_k >= 1 && top_k <= kMaxTopK, "plan_send: top_k must be in 1..", kMaxTopK, ", got ", top_k);
+  STD_TORCH_CHECK(
+      own_rank >= 0 && own_rank < num_ranks, "plan_send: own_rank must be a rank, got ", own_rank);
   const int64_t width = one_row_per_copy ? 1 : top_k;
   const int64_t visits = one_row_per_copy || top_k < num_ranks ? top_k : num_ranks;
   const int64_t capacity = num_tokens * visits;
@@ -65,8 +67,10 @@ void plan_arrival(const Tensor& row_slot,
   const Tensor& first = row_slot;
   const int64_t num_rows = first.size(0), width = first.size(1);
   const int64_t num_ranks = rows_from_rank.numel(), num_slots = rows_per_slot.numel();
-  STD_TORCH_CHECK(width >= 1 && width <= kMaxTopK, "plan_arrival: row_slot must have 1..", kMaxTopK, " columns");
-  STD_TORCH_CHECK(own_rank >= 0 && own_rank < num_ranks, "plan_arrival: own_rank must be a rank, got ", own_rank);
+  STD_TORCH_CHECK(
+      width >= 1 && width <= kMaxTopK, "plan_arrival: row_slot must have 1..", kMaxTopK, " columns");
+  STD_TORCH_CHECK(
+      own_rank >= 0 && own_rank < num_ranks, "plan_arrival: own_rank must be a rank, got ", own_rank);
   const PlanArrivalArgs args{
       .row_slot = data<int32_t>(row_slot, "row_slot", num_rows * width, first),
       .rows_from_rank = data<int32_t>(rows_from_rank, "rows_from_rank", num_ranks, first),

@@ -42,8 +42,12 @@ T* data(const Tensor& tensor, const char* name, int64_t count, const Tensor& lik
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == ScalarTypeOf<T>::value,
                   name,
                   " must be contiguous and of the dtype that its op documents");
-  STD_TORCH_CHECK(
-      tensor.numel() == count, name, " must have ", count, " elements, got ", static_cast<int64_t>(tensor.numel()));
+  STD_TORCH_CHECK(tensor.numel() == count,
+                  name,
+                  " must have ",
+                  count,
+                  " elements, got ",
+                  static_cast<int64_t>(tensor.numel()));
   STD_TORCH_CHECK(tensor.device() == like.device(), name, " must be on the device of the op's first tensor");
   return static_cast<T*>(tensor.mutable_data_ptr());
 }

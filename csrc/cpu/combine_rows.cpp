@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "dot.h"
+
 namespace ep {
 namespace {
 
@@ -70,21 +72,6 @@ void combine(const CombineRowsArgs& args, int64_t begin, int64_t end) {
     }
     tree.finish(static_cast<T*>(args.out) + r * args.dim);
   }
-}
-
-// Eight running sums, so that the compiler can keep them in one vector; the order of additions is fixed.
-template <typename T>
-float dot(const T* a, const T* b, int64_t dim) {
-  constexpr int kLanes = 8;
-  float lanes[kLanes] = {};
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += to_float(a[d + lane]) * to_float(b[d + lane]);
-  }
-  for (; d < dim; ++d) lanes[d % kLanes] += to_float(a[d]) * to_float(b[d]);
-  float sum = 0.0f;
-  for (const float lane : lanes) sum += lane;
-  return sum;
 }
 
 template <typename T>

@@ -1,0 +1,24 @@
+// linear_rows: out[t, n] = sum over k of x[t, k] * w[n, k], in float, on the CPU.
+//
+// A row of the result depends on its row of x alone, bit by bit: not on how many rows there are, nor on where
+// it stands among them or in memory. A BLAS promises none of that, and the router's logits decide which
+// experts a token meets.
+#pragma once
+
+#include <cstdint>
+
+namespace ep {
+
+struct LinearRowsArgs {
+  const float* x;  // [num_rows, inner]
+  const float* w;  // [outer, inner]
+  float* out;      // [num_rows, outer]
+  int64_t num_rows;
+  int64_t inner;
+  int64_t outer;
+};
+
+// Rows [begin, end) of the output; ranges are independent of each other.
+void linear_rows_cpu(const LinearRowsArgs& args, int64_t begin, int64_t end);
+
+}  // namespace ep
