@@ -57,7 +57,7 @@ class Meshes:
 
 @contextmanager
 def process_groups(world: World, device: torch.device, ep_size: int, timeout_s: float) -> Iterator[Meshes]:
-    """Join the other ranks, make the meshes, and leave at the end.
+    """Join the other ranks, make the meshes, and leave at the end; a program that has joined already stays joined.
 
     Args:
         world: from torchrun; its size is a multiple of `ep_size`.
@@ -69,14 +69,18 @@ def process_groups(world: World, device: torch.device, ep_size: int, timeout_s: 
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world.size == 1:
+    joined = dist.is_initialized()
+    if joined:
+        assert dist.get_world_size() == world.size, "the caller's group is the world"
+    elif world.size == 1:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
         yield _make_meshes(world, device, ep_size, timeout)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
 def _make_meshes(world: World, device: torch.device, ep_size: int, timeout: timedelta) -> Meshes:

@@ -12,4 +12,6 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then # torchrun would give each rank one threa
   cores=$(nproc)
   export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
 fi
+# A mistake in the run is one sentence and status 2 here; from within torchrun it would be status 1 under a traceback.
+"$PYTHON" -P -m ep_engine.cli train --check-for "$ranks" "$@"
 exec "$PYTHON" -P -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m ep_engine.cli train "$@"

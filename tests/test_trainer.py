@@ -1,0 +1,175 @@
+"""Training: golden losses, the same run twice, any number of ranks, resuming, and how a run ends badly."""
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_tools.source import open_source
+from ep_engine.checkpoint import read_manifest
+from ep_engine.collaboration import Profile
+from ep_engine.errors import Fault
+from tests.distributed import run_ranks
+from tests.run_cases import losses, moe_model, small_run, train_here, write_text
+
+GOLDEN = Path(__file__).parent / "golden" / "losses.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token files, a MoE model, and a profile of it."""
+    folder = write_text(tmp_path_factory.mktemp("runs"))
+    moe_model(folder)
+    counts = torch.randint(1, 99, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    counts = (counts + counts.transpose(1, 2)).numpy()
+    Profile(counts, counts.sum(axis=2), 2, {}).save(folder / "profile.npz")
+    return folder
+
+
+def moe_sections(folder: Path, rule: str = "topk", **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    routing = {"rule": rule} if rule == "topk" else {"rule": rule, "top_t": 3, "profile": str(folder / "profile.npz")}
+    return {"model": {"checkpoint": str(folder / "moe")}, "routing": routing, **others}
+
+
+@pytest.mark.parametrize("kind", ["dense", "topk", "c2r"])
+def test_twenty_steps_give_the_golden_losses(kind: str, folder: Path) -> None:
+    """To 1e-4, because processors differ. The file is made by WRITE_GOLDEN=1 pytest tests/test_trainer.py -k golden."""
+    sections = {} if kind == "dense" else moe_sections(folder, kind)
+    config = small_run(folder, f"golden-{kind}", **sections, train={"steps": 20, "learning_rate": 3e-3})
+    summary = train_here(config, overwrite=True)
+    found = [*losses(config), summary["heldout_loss"]]
+    if os.environ.get("WRITE_GOLDEN"):
+        _write_golden(kind, found)
+    golden = json.loads(GOLDEN.read_text())[kind]
+    assert len(found) == len(golden) == 21
+    assert found == pytest.approx(golden, rel=1e-4)
+    assert found[-2] < found[0] - 0.15
+
+
+def _write_golden(kind: str, found: list[float]) -> None:
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    GOLDEN.write_text(json.dumps(golden | {kind: found}, indent=1) + "\n")
+
+
+def test_two_runs_are_the_same_bit_by_bit(folder: Path) -> None:
+    configs = [small_run(folder, f"twice-{i}", **moe_sections(folder, "c2r")) for i in range(2)]
+    for config in configs:
+        train_here(config)
+    assert losses(configs[0]) == losses(configs[1])
+    sums = [read_manifest(config.output.folder / "checkpoints/step_000006")["checksums"] for config in configs]
+    assert sums[0] == sums[1]
+
+
+LAYOUTS = {
+    "dp2": (2, 1, "topk", "per_device"),
+    "ep2": (2, 2, "topk", "per_device"),
+    "ep2 per expert": (2, 2, "topk", "per_expert"),
+    "ep2 c2r": (2, 2, "c2r", "per_device"),
+    "edp2 ep2": (4, 2, "topk", "per_device"),
+    "ep4": (4, 4, "topk", "per_device"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_losses_of_one_process(layout: str, folder: Path) -> None:
+    world_size, ep_size, rule, combine = LAYOUTS[layout]
+    single = small_run(folder, f"one-{layout}", **moe_sections(folder, rule))
+    train_here(single)
+    parallel = {"expert_parallel_size": ep_size}
+    config = small_run(
+        folder, f"many-{layout}", **moe_sections(folder, rule, parallel=parallel, moe={"combine": combine})
+    )
+    run_ranks(_train, config, world_size=world_size)
+    assert losses(config) == pytest.approx(losses(single), rel=1e-5)
+    one, many = (open_source(c.output.folder / "checkpoints/step_000006").tensors for c in (single, config))
+    for name, tensor in one.items():
+        # Adam divides by the root of tiny second moments, which enlarges the last bits of a gradient.
+        torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=1e-4)
+    summaries = [json.loads((c.output.folder / "summary.json").read_text()) for c in (single, config)]
+    assert summaries[1]["heldout_loss"] == pytest.approx(summaries[0]["heldout_loss"], rel=1e-5)
+    assert summaries[1]["load_max_over_mean"] == summaries[0]["load_max_over_mean"]
+    assert summaries[0]["ledger"]["bytes_per_token"]["total"] == 0
+    assert (summaries[1]["ledger"]["bytes_per_token"]["total"] > 0) == (ep_size > 1)
+
+
+def _train(rank: int, world_size: int, config: Any) -> None:
+    train_here(config, rank, world_size)
+
+
+def test_bfloat16_learns_and_keeps_float32_weights(folder: Path) -> None:
+    train = {"steps": 20, "learning_rate": 3e-3, "dtype": "bfloat16"}
+    config = small_run(folder, "bf16", **moe_sections(folder, parallel={"expert_parallel_size": 2}), train=train)
+    run_ranks(_train, config, world_size=2)
+    assert losses(config)[-1] < losses(config)[0] - 0.15
+    golden = json.loads(GOLDEN.read_text())["topk"]
+    assert losses(config) == pytest.approx(golden[:-1], rel=0.02)  # bfloat16 keeps 8 bits
+    tensors = open_source(config.output.folder / "checkpoints/step_000020").tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_resuming_in_the_same_layout_gives_the_same_bits(folder: Path) -> None:
+    whole = small_run(folder, "whole", **moe_sections(folder), train={"steps": 6, "save_every": 3})
+    train_here(whole)
+    part = small_run(folder, "part", **moe_sections(folder), train={"steps": 6, "save_every": 3})
+    train_here(part)
+    for name in ("step_000006", "step_000003"):
+        kept = part.output.folder / "checkpoints" / name
+        assert kept.exists()
+    (part.output.folder / "checkpoints/step_000006").rename(folder / "forgotten")
+    again = small_run(folder, "part", **moe_sections(folder), train={"steps": 6}, output={"resume": True})
+    train_here(again)
+    sums = [read_manifest(folder / name)["checksums"] for name in
+            ("whole/checkpoints/step_000006", "part/checkpoints/step_000006")]  # fmt: skip
+    assert sums[0] == sums[1]
+    assert losses(again)[-3:] == losses(whole)[-3:]
+
+
+def test_resuming_in_another_layout_goes_on_with_the_same_losses(folder: Path) -> None:
+    whole = small_run(folder, "one-layout", **moe_sections(folder), train={"steps": 8, "save_every": 4})
+    train_here(whole)
+    start = small_run(folder, "moved", **moe_sections(folder), train={"steps": 8, "save_every": 4})
+    train_here(start)
+    (folder / "moved/checkpoints/step_000008").rename(folder / "moved-away")
+    parallel = {"expert_parallel_size": 4}
+    config = small_run(
+        folder, "moved", **moe_sections(folder, parallel=parallel), train={"steps": 8}, output={"resume": True}
+    )
+    run_ranks(_train, config, world_size=4)
+    assert losses(config)[-4:] == pytest.approx(losses(whole)[-4:], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(folder: Path) -> None:
+    config = small_run(folder, "nan", train={"steps": 40, "learning_rate": 1e19, "warmup_steps": 2, "save_every": 1})
+    with pytest.raises(Fault, match=r"^step \d+: the loss is (nan|inf) .* lower train.learning_rate$") as caught:
+        train_here(config)
+    assert caught.value.everywhere
+    checkpoints = sorted((config.output.folder / "checkpoints").iterdir())
+    assert checkpoints
+    assert all(tensor.isfinite().all() for tensor in open_source(checkpoints[0]).tensors.values())
+    assert not (config.output.folder / "summary.json").exists()
+
+
+def test_a_full_disk_during_a_save_keeps_the_checkpoint_before(folder: Path) -> None:
+    first = small_run(folder, "full", train={"steps": 2, "save_every": 2})
+    train_here(first)
+    before = {path: path.read_bytes() for path in (folder / "full/checkpoints/step_000002").rglob("*.distcp")}
+    config = small_run(folder, "full", train={"steps": 4}, output={"resume": True})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(Fault, match="no room to write"):
+            train_here(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (folder / "full/checkpoints").iterdir()] == ["step_000002"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
+    config = small_run(folder, "vocabulary", model={"vocab_size": 40})
+    with pytest.raises(ValueError, match=r"holds token id \d+, the model's vocabulary has 40"):
+        train_here(config)
