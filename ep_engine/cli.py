@@ -70,6 +70,7 @@ def profile_command(
     as_json: Json = False,
 ) -> None:
     """Count on text which experts serve tokens together."""
+    from ep_engine.model_config import read_model_config
     from ep_engine.output import check_output_file
     from ep_engine.profile import profile
     from ep_engine.progress import bar
@@ -79,7 +80,7 @@ def profile_command(
     with bar("profiling", max_tokens) as advance:
         found = profile(
             model,
-            TokenFile(tokens),
+            TokenFile(tokens, vocab_size=read_model_config(model / "model.json").vocab_size),
             max_tokens=max_tokens,
             sequence_length=sequence_length,
             seed=seed,

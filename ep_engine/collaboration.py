@@ -3,6 +3,7 @@
 Letters:  L MoE layers   E experts   K top_k   D devices
 """
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write `profile.npz`."""
-        with whole_file(path) as beside:
-            np.savez_compressed(beside, counts=self.counts, load=self.load, top_k=self.top_k, **self.about)
+        with whole_file(path) as beside, beside.open("wb") as file:  # given a name, numpy would add to it
+            np.savez_compressed(file, counts=self.counts, load=self.load, top_k=self.top_k, **self.about)
 
 
 def read_profile(path: Path) -> Profile:
@@ -54,14 +55,19 @@ def read_profile(path: Path) -> Profile:
         UserError: it is missing or unreadable, an array is missing, or the counts are no symmetric (L, E, E).
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"profile {path} cannot be read ({error}); make one with `ep-engine profile`") from None
     missing = [name for name in ("counts", "load", "top_k") if name not in arrays]
     if missing:
         raise UserError(f"profile {path} has no array {missing[0]}; make it with `ep-engine profile`")
     counts, load, top_k = arrays.pop("counts"), arrays.pop("load"), arrays.pop("top_k")
+    for name, array in (("counts", counts), ("load", load), ("top_k", top_k)):
+        if not np.issubdtype(array.dtype, np.integer) or (name == "top_k" and array.size != 1):
+            raise UserError(
+                f"profile {path} must hold integers in {name}, got {array.dtype} {array.shape}; make it again"
+            )
     if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or load.shape != counts.shape[:2]:
         raise UserError(
             f"profile {path} has counts {counts.shape} and load {load.shape}, expected (L, E, E) and (L, E); make it "

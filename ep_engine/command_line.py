@@ -12,6 +12,7 @@ from ep_engine.errors import Fault, UserError
 from ep_engine.mesh import World
 
 _FIRST_RANK_SPEAKS_S = 10.0  # ranks start seconds apart
+_INTERRUPTED, _INTERRUPTION = 130, "interrupted; what stood before still stands"
 
 
 def exit_with_sentence(command: typer.Typer) -> NoReturn:
@@ -21,7 +22,9 @@ def exit_with_sentence(command: typer.Typer) -> NoReturn:
     """
     rank, everywhere = World.from_environment().rank, True
     try:
-        sys.exit(command(standalone_mode=False))
+        status, sentence = int(command(standalone_mode=False) or 0), ""
+        if status == _INTERRUPTED:  # typer turns Ctrl-C into this status
+            sentence = _INTERRUPTION
     except TyperException as error:
         status, sentence = error.exit_code, f"{error.format_message().rstrip('.')}; see --help"
     except UserError as error:
@@ -31,7 +34,9 @@ def exit_with_sentence(command: typer.Typer) -> NoReturn:
     except OSError as error:
         status, sentence = 1, f"{error.filename or 'the operating system'}: {error.strerror or error}"
     except (typer.Abort, KeyboardInterrupt):
-        status, sentence = 130, "interrupted; nothing was written"
+        status, sentence = _INTERRUPTED, _INTERRUPTION
+    if not sentence:
+        sys.exit(status)
     if rank > 0 and everywhere:
         time.sleep(_FIRST_RANK_SPEAKS_S)  # still here: the first rank has nothing to say
     typer.echo(" ".join(sentence.split()), err=True)

@@ -49,8 +49,9 @@ class ModelSection(_Section):
     def _check(self) -> Self:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
         given = [name for name in sizes if getattr(self, name) is not None]
-        if self.checkpoint is not None and given:
-            raise ValueError(f"model.checkpoint and model.{given[0]} are both set; a checkpoint knows its sizes")
+        beside = [name for name in differing(self) if name != "checkpoint"]
+        if self.checkpoint is not None and beside:
+            raise ValueError(f"model.checkpoint and model.{beside[0]} are both set; a checkpoint knows its sizes")
         if self.checkpoint is None and len(given) < len(sizes):
             missing = next(name for name in sizes if name not in given)
             raise ValueError(f"model.{missing} is missing; give model.checkpoint, or all of {', '.join(sizes)}")
@@ -161,6 +162,11 @@ class RunConfig(_Section):
     output: OutputSection
 
 
+def differing(section: BaseModel) -> list[str]:
+    """Keys of a section that are not at their default."""
+    return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's TOML file and apply overrides such as `train.steps=10` (the value in TOML syntax, or bare text).
 
@@ -207,9 +213,18 @@ def config_table() -> list[tuple[str, str, str]]:
 def to_toml(config: RunConfig) -> str:
     """The configuration as a TOML file, defaults included, that `load_config` reads back."""
     lines = []
-    for section, values in config.model_dump(mode="json", exclude_none=True).items():
-        lines += [f"[{section}]", *(f"{name} = {json.dumps(value)}" for name, value in values.items()), ""]
+    for section, values in config.model_dump(exclude_none=True).items():
+        lines += [f"[{section}]", *(f"{name} = {_toml(value)}" for name, value in values.items()), ""]
     return "\n".join(lines)
+
+
+def _toml(value: bool | int | float | str | Path) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    # TOML's escapes are those of JSON, but for characters that JSON would write as two.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -221,7 +236,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a path or a word, which a shell makes tiresome to quote
-    raw.setdefault(section, {})[name] = value
+    values = raw.setdefault(section, {})
+    if isinstance(values, dict):  # otherwise the section itself is refused, later
+        values[name] = value
 
 
 def _refuse_unknown(given: dict[str, Any], known: Sequence[str], *, prefix: str) -> None:

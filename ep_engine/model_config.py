@@ -144,6 +144,10 @@ def first_sentence(error: ValidationError) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
     text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{key} is missing; add it"
+    if problem["type"] == "json_invalid":
+        return f"{text}; make the file again"
     return text if problem["type"] == "value_error" else f"{key}: {text}, got {problem['input']!r}; correct the value"
 
 

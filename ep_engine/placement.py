@@ -41,10 +41,15 @@ class Placement(BaseModel):
             raise ValueError(f"the factors of a placement {self.factors} must multiply to its devices ({self.devices})")
         if self.nodes not in _products(self.factors):
             raise ValueError(f"nodes ({self.nodes}) must be a product of leading factors {self.factors}; reorder them")
+        if not self.layers:
+            raise ValueError("layers of a placement must not be empty; place again")
         for i, slots in enumerate(self.layers):
             held = sorted(e for e in slots if e >= 0)
-            if held != list(range(len(held))) or len(held) > len(slots) or not held:
-                raise ValueError(f"layer {i} of the placement must hold each expert once, got {slots}; place again")
+            if held != list(range(self.num_experts)) or not held:
+                raise ValueError(
+                    f"layer {i} of the placement ({self.num_experts} experts) must hold each expert once, got {slots}; "
+                    "place again"
+                )
             if len(slots) != self.devices * _slots_per_device(len(held), self.devices):
                 raise ValueError(
                     f"layer {i} of the placement has {len(slots)} slots, {len(held)} experts on {self.devices} devices "
@@ -96,7 +101,8 @@ class Placement(BaseModel):
         if ep_size not in sizes:
             raise UserError(
                 f"parallel.expert_parallel_size ({ep_size}) is no cut of the placement's tree {self.factors} of "
-                f"{self.devices} devices; use one of {', '.join(map(str, sizes))}, or place for {ep_size} devices"
+                f"{self.devices} devices; use one of {', '.join(map(str, dict.fromkeys(sizes)))}, or place for "
+                f"{ep_size} devices"
             )
         above = [f for f in self.factors[: sizes.index(ep_size)] if f > 1]
         below = [f for f in self.factors[sizes.index(ep_size) :] if f > 1]
@@ -126,7 +132,7 @@ class Cut:
 def read_placement(path: Path) -> Placement:
     """Read `placement.json`; UserError if it is missing or does not hold each expert once."""
     try:
-        return Placement.model_validate_json(path.read_text())
+        return Placement.model_validate_json(path.read_bytes())
     except OSError as error:
         raise UserError(
             f"placement {path} cannot be read ({error.strerror}); make one with `ep-engine place`"

@@ -52,6 +52,11 @@ def profile(
     model = load_model(folder, device or torch.device("cpu"))
     num_windows = max_tokens // sequence_length
     batches = Batches(tokens, sequence_length=sequence_length, batch_size=1, seed=seed)
+    if num_windows > batches.num_windows:
+        raise UserError(
+            f"--max-tokens asks for {num_windows} windows of {sequence_length} tokens, {tokens.bin_path} has "
+            f"{batches.num_windows}; ask for fewer or give more text"
+        )
     experts = config.moe.num_experts
     counts_LEE = torch.zeros(config.num_layers, experts, experts, dtype=torch.int64, device=device)
     for start in range(0, num_windows, _ROWS):

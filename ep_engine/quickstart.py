@@ -198,7 +198,7 @@ def make_experts(out: Path, sizes: Sizes, progress: Progress) -> Path:
             "base",
             sizes,
             model={"checkpoint": str(experts)},
-            train={"steps": sizes.expert_steps, "learning_rate": 1e-3, "seed": 1},
+            train={"steps": sizes.expert_steps, "learning_rate": 1e-3, "load_balance": 0.1, "seed": 1},
             parallel={"expert_parallel_size": NUM_RANKS},
         ),
         progress,
@@ -212,7 +212,7 @@ def find_placement(out: Path, base: Path, sizes: Sizes, progress: Progress) -> t
     with bar("profiling", sizes.profile_tokens) as advance:
         counted = profile(
             base,
-            TokenFile(out / "text" / "train"),
+            TokenFile(out / "text" / "train", vocab_size=sizes.vocab_size),
             max_tokens=sizes.profile_tokens,
             sequence_length=sizes.sequence_length,
             advance=advance,
@@ -246,7 +246,7 @@ def run_arms(
             name,
             sizes,
             model={"checkpoint": str(base)},
-            train={"steps": sizes.arm_steps, "learning_rate": 5e-4, "seed": 2},
+            train={"steps": sizes.arm_steps, "learning_rate": 5e-4, "load_balance": 0.1, "seed": 2},
             parallel={"expert_parallel_size": NUM_RANKS},
             **sections,
         )

@@ -130,13 +130,19 @@ def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def draw_losses(metrics: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Loss over steps, a line for each arm."""
-    figure, axis = plt.subplots(figsize=(8, 4))
-    for name, lines in metrics.items():
-        axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name)
-    axis.set(xlabel="step", ylabel="training loss, nats per token")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    """Loss over steps, a line for each arm; below, what each arm adds to the loss of the first."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    first = next(iter(metrics.values()))
+    for i, (name, lines) in enumerate(metrics.items()):
+        steps = [line["step"] for line in lines]
+        style = {"label": name, "linestyle": ("-", "--")[i % 2]}  # where two lines are one, both show
+        above.plot(steps, [line["loss"] for line in lines], **style)
+        below.plot(steps, [line["loss"] - base["loss"] for line, base in zip(lines, first, strict=True)], **style)
+    above.set(ylabel="training loss, nats per token")
+    below.set(xlabel="step", ylabel=f"minus the loss of {next(iter(metrics))}")
+    above.legend()
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
     figure.tight_layout()
     return figure
 
@@ -166,7 +172,7 @@ def draw_bytes_by_layer(arms: dict[str, dict[str, Any]]) -> Figure:
     layers = len(next(iter(arms.values()))["bytes_by_layer"])
     axis.set_xticks(np.arange(layers) + 0.4 - width / 2, [f"layer {layer}" for layer in range(layers)])
     axis.set(ylabel="bytes per token")
-    axis.legend()
+    axis.legend(loc="lower right")
     figure.tight_layout()
     return figure
 

@@ -3,16 +3,31 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from ep_engine.checkpoint import read_manifest
 from ep_engine.collaboration import collaboration_lists, read_profile
-from ep_engine.config import RunConfig
+from ep_engine.config import RunConfig, differing
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, RoutingConfig, first_sentence, read_model_config
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
 from ep_engine.tokens import Batches, TokenFile, heldout_batches
+
+_INPUTS = (
+    ("model", "checkpoint"),
+    ("data", "train"),
+    ("data", "heldout"),
+    ("data", "tokenizer"),
+    ("moe", "placement"),
+    ("routing", "profile"),
+)
+_READ_BY_RULE: dict[str | None, set[str]] = {
+    None: set(),
+    "topk": {"rule"},
+    "c2r": {"rule", "profile", "top_t"},
+    "c2r_grouped": {"rule", "profile", "top_t", "max_devices"},
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ def resolve(config: RunConfig, world_size: int, *, overwrite: bool = False) -> R
     resume = _last_checkpoint(config) if config.output.resume else None
     if not config.output.resume:
         check_output_folder(config.output.folder, overwrite=overwrite)
+        _check_apart(config)
     checkpoint = resume or config.model.checkpoint
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
     placement = _placement(config, model)
@@ -51,8 +67,8 @@ def resolve(config: RunConfig, world_size: int, *, overwrite: bool = False) -> R
             f"data.sequence_length ({config.data.sequence_length}) is longer than the model's positions "
             f"({model.max_position_embeddings}); choose a shorter one"
         )
-    train = TokenFile(config.data.train)
-    heldout = TokenFile(config.data.heldout) if config.data.heldout else None
+    train = TokenFile(config.data.train, vocab_size=model.vocab_size)
+    heldout = TokenFile(config.data.heldout, vocab_size=model.vocab_size) if config.data.heldout else None
     _check_data(config, train, heldout)
     return Run(config, _routed(config, model, placement), placement, checkpoint, resume, train, heldout)
 
@@ -73,8 +89,20 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         raise UserError(f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks of the job")
 
 
+def _check_apart(config: RunConfig) -> None:
+    """The run folder is emptied before the first step: nothing that is read may lie in it."""
+    folder = config.output.folder.resolve()
+    for section, name in _INPUTS:
+        path = getattr(getattr(config, section), name)
+        if path is not None and folder in (path.resolve(), *path.resolve().parents):
+            raise UserError(
+                f"output.folder {config.output.folder} would replace {section}.{name} {path}; choose another folder"
+            )
+
+
 def _last_checkpoint(config: RunConfig) -> Path:
-    checkpoints = sorted((config.output.folder / "checkpoints").glob("step_*"))
+    found = (config.output.folder / "checkpoints").glob("step_*")
+    checkpoints = sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
     if not checkpoints:
         raise UserError(f"output.resume is set, but {config.output.folder}/checkpoints holds none; start without it")
     step = read_manifest(checkpoints[-1])["training"].get("step")
@@ -102,7 +130,7 @@ def _new_model(config: RunConfig) -> ModelConfig:
 def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
     ep_size = config.parallel.expert_parallel_size
     if model.moe is None:
-        asked = [name for name in ("moe", "routing") if _differs(getattr(config, name))]
+        asked = [name for name in ("moe", "routing") if differing(getattr(config, name))]
         if ep_size > 1 or asked:
             what = f"[{asked[0]}]" if asked else f"parallel.expert_parallel_size ({ep_size})"
             raise UserError(f"{what} needs a model with experts, this one is dense; split it first")
@@ -130,10 +158,12 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
     routing = config.routing
     if model.moe is None or placement is None:
         return model
+    unread = [name for name in differing(routing) if name not in _READ_BY_RULE[routing.rule]]
+    if routing.rule is None and unread:
+        raise UserError(f"routing.{unread[0]} is set without routing.rule and has no effect; set the rule too")
+    if unread:
+        raise UserError(f"routing.{unread[0]} has no effect on routing.rule {routing.rule}; leave it out")
     if routing.rule is None:
-        unused = _differs(routing)
-        if unused:
-            raise UserError(f"routing.{unused[0]} is set without routing.rule and has no effect; set the rule too")
         return model
     tables = RoutingConfig(rule=routing.rule)
     if routing.rule != "topk":
@@ -142,17 +172,17 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
         profile = read_profile(routing.profile)
         tables = tables.model_copy(update={"top_t": routing.top_t, "lists": collaboration_lists(profile.counts)})
     if routing.rule == "c2r_grouped":
+        if routing.max_devices > placement.devices:
+            raise UserError(
+                f"routing.max_devices ({routing.max_devices}) is more than the placement's {placement.devices} "
+                "devices; choose fewer, or the rule c2r"
+            )
         devices = [placement.device_of_expert(layer) for layer in range(model.num_layers)]
         tables = tables.model_copy(update={"max_devices": routing.max_devices, "device_of_expert": devices})
     try:
         return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
-
-
-def _differs(section: BaseModel) -> list[str]:
-    """Keys of a section that are not at their default."""
-    return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
 
 
 def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:

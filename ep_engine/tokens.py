@@ -79,6 +79,10 @@ def write_token_file(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab
 class TokenFile:
     """A memory-mapped `.bin/.idx` pair read as one stream of tokens.
 
+    Args:
+        prefix: Path without suffix.
+        vocab_size: Ids outside [0, vocab_size) are refused when they are read; None: any id is returned.
+
     Attributes:
         num_tokens: Length of the stream, at least 1.
         num_documents: Documents it is made of.
@@ -87,11 +91,12 @@ class TokenFile:
         UserError: a file of the pair is missing, cut short, empty, no Megatron index, or not of integers.
     """
 
-    def __init__(self, prefix: Path) -> None:
+    def __init__(self, prefix: Path, *, vocab_size: int | None = None) -> None:
         self.bin_path = Path(f"{prefix}.bin")
         # Checked before megatron-core opens the pair: it answers by bare asserts, or maps a short .bin without a word.
         _check_index(self.bin_path, Path(f"{prefix}.idx"))
         self._dataset = _indexed_dataset().IndexedDataset(str(prefix))
+        self._vocab_size = vocab_size
         self._dtype: np.dtype[np.integer] = np.dtype(self._dataset.index.dtype)
         self.num_tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
         self.num_documents = len(self._dataset.document_indices) - 1
@@ -110,7 +115,10 @@ class TokenFile:
         """
         assert 0 <= start <= start + count <= self.num_tokens, f"[{start}, +{count}) of {self.num_tokens} tokens"
         view = self._dataset.bin_reader.read(self._dtype, count, start * self._dtype.itemsize)
-        return np.array(view, dtype=np.int64)
+        ids = np.array(view, dtype=np.int64)
+        if self._vocab_size is not None:
+            _check_ids(ids, self._vocab_size, f"token file {self.bin_path}", start)
+        return ids
 
     def check_ids(self, vocab_size: int) -> None:
         """UserError if any id lies outside [0, vocab_size). Reads the whole file once, 1 Mi tokens at a time."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ep_engine import checkpoint
 from ep_engine.config import RunConfig, to_toml
-from ep_engine.errors import Fault, UserError
+from ep_engine.errors import Fault
 from ep_engine.evaluate import Evaluation, evaluate
 from ep_engine.initial import initialise
 from ep_engine.ledger import Ledger
@@ -141,7 +141,6 @@ class Trainer:
     def _one_step(self, window: _Window) -> None:
         train = self.config.train
         inputs_BS, targets_BS = self.batches.batch(self.step, self.rank, self.num_ranks)
-        self._check_vocabulary(inputs_BS, targets_BS)
         output = self.model(inputs_BS.to(self.device))
         # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
         targets_T = targets_BS.to(self.device).flatten()
@@ -170,14 +169,6 @@ class Trainer:
         if output.routers:
             load_LE = torch.stack([router.load_E for router in output.routers])
             window.load_LE = load_LE if window.load_LE is None else window.load_LE + load_LE
-
-    def _check_vocabulary(self, *tokens: Tensor) -> None:
-        largest = max(int(part.max()) for part in tokens)
-        if largest >= self.run.model.vocab_size:
-            raise UserError(
-                f"{self.config.data.train} holds token id {largest}, the model's vocabulary has "
-                f"{self.run.model.vocab_size}; use the tokenizer that the model was made for"
-            )
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started

@@ -13,7 +13,7 @@ from tests.run_cases import moe_model, small_run, write_text
 
 
 def make_files(folder: Path) -> Path:
-    """Token files, checkpoints `dense-engine` and `moe` (2 layers, 8 experts, top-2), a profile and placements of it."""
+    """Token files, checkpoints `dense-engine` and `moe` (2 layers, 8 experts, top-2), its profile and placements."""
     write_text(folder)
     moe_model(folder)
     convert(folder / "dense", folder / "dense-engine")
@@ -27,8 +27,15 @@ def write_run(files: Path, folder: Path, model: Mapping[str, Any] | None = None)
     """`folder/run.toml`: a small run into `folder/run`, of the checkpoint `moe` or of a new model of these sizes."""
     model = model or {"checkpoint": str(files / "moe")}
     path = folder / "run.toml"
-    path.write_text(to_toml(small_run(files, "", model=dict(model), output={"folder": str(folder / "run")})))
+    sections = {"parallel": {"device": "cpu"}, "output": {"folder": str(folder / "run")}}
+    path.write_text(to_toml(small_run(files, "", model=dict(model), **sections)))
     return path
+
+
+def drop_key(run_file: Path, key: str) -> None:
+    """Take a key out of a run file."""
+    lines = run_file.read_text().splitlines(keepends=True)
+    run_file.write_text("".join(line for line in lines if not line.startswith(f"{key} = ")))
 
 
 def resolve_run(

@@ -88,7 +88,7 @@ def test_a_token_of_two_experts_visits_two_devices_less_the_fraction(
 def test_device_load_by_hand() -> None:
     assert LOAD.tolist() == [9, 11, 4, 6]
     assert device_load(LOAD, [0, 0, 1, 1], 2).tolist() == pytest.approx([20 / 15, 10 / 15])
-    assert device_load(LOAD, [0, 0, 2, 2], 3).tolist() == pytest.approx([2.0, 0.0, 1.0])  # device 1 holds none
+    assert device_load(LOAD, [0, 0, 2, 2], 4).tolist() == pytest.approx([8 / 3, 0.0, 4 / 3, 0.0])  # two hold none
     assert device_load(np.zeros(4, dtype=np.int64), [0, 0, 1, 1], 2).tolist() == [0.0, 0.0]
 
 

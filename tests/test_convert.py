@@ -1,6 +1,7 @@
 """Hugging Face folder -> engine checkpoint -> Hugging Face folder, bit for bit; and every way a folder can be wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def _index_with(folder: Path, key: str | None) -> None:
 
 def _pickle_code(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    torch.save({"x": Path()}, folder / "pytorch_model.bin")
+    torch.save({"x": os.system}, folder / "pytorch_model.bin")
 
 
 def _config(**values: Any) -> Callable[[Path], None]:

@@ -157,7 +157,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
         r"nodes \(3\) must be a product of leading factors \(2, 2\)",
     ),
     "no numbers": ({"layers": [["a"]]}, r"layers\.0\.0: .* valid integer"),
-    "a key is missing": ({"devices": None}, "devices: "),
+    "a key is missing": ({"devices": None}, r"devices\b"),
 }
 
 

@@ -12,7 +12,7 @@ from ep_engine.model_config import MoEConfig, read_model_config
 from ep_engine.placement import Placement
 from ep_engine.resolve import resolve
 from tests.run_cases import NEW_MODEL
-from tests.run_files import contents, make_files, resolve_run, write_run
+from tests.run_files import contents, drop_key, make_files, resolve_run, write_run
 from tests.small_models import edit_json, routing_tables
 
 GROUPED = ("routing.rule=c2r_grouped", "routing.profile={files}/profile.npz", "routing.top_t=3")
@@ -47,8 +47,10 @@ def test_new_dense_run_has_neither_checkpoint_nor_placement(files: Path, tmp_pat
 
 
 def test_key_heads_of_a_new_model_are_its_heads_unless_they_are_given(files: Path, tmp_path: Path) -> None:
-    sizes = {name: size for name, size in NEW_MODEL.items() if name != "num_kv_heads"}
-    assert resolve_run(files, tmp_path, model=sizes).model.num_kv_heads == 4
+    path = write_run(files, tmp_path, NEW_MODEL)
+    assert resolve(load_config(path), 1).model.num_kv_heads == 2
+    drop_key(path, "num_kv_heads")
+    assert resolve(load_config(path), 1).model.num_kv_heads == 4
 
 
 def test_uneven_experts_are_placed_on_three_ranks(files: Path, tmp_path: Path) -> None:
@@ -64,7 +66,7 @@ def test_placement_of_more_devices_than_ranks_is_cut(files: Path, tmp_path: Path
 
 def test_heldout_text_may_be_left_out(files: Path, tmp_path: Path) -> None:
     path = write_run(files, tmp_path)
-    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("heldout = ")))
+    drop_key(path, "heldout")
     assert resolve(load_config(path), 1).heldout is None
 
 

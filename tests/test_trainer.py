@@ -171,5 +171,5 @@ def test_a_full_disk_during_a_save_keeps_the_checkpoint_before(folder: Path) -> 
 
 def test_token_ids_outside_the_vocabulary_are_refused(folder: Path) -> None:
     config = small_run(folder, "vocabulary", model={"vocab_size": 40})
-    with pytest.raises(ValueError, match=r"holds token id \d+, the model's vocabulary has 40"):
+    with pytest.raises(ValueError, match=r"train.bin holds id \d+ at position \d+, outside \[0, 40\)"):
         train_here(config)

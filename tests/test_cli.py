@@ -1,0 +1,264 @@
+"""`ep-engine train`, `profile` and `place`: what they print and write, how they end, and what they leave alone."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ep_engine import reference
+from ep_engine.cli import app
+from ep_engine.collaboration import read_profile
+from ep_engine.command_line import exit_with_sentence
+from ep_engine.place import place
+from ep_engine.placement import read_placement
+from ep_engine.profile import load_model
+from ep_engine.tokens import Batches, TokenFile, write_token_file
+from tests.counts import random_profile
+from tests.run_files import contents, make_files, write_run
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`run("place", ...)` is `ep-engine place ...` in this process: exit status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ep-engine", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            exit_with_sentence(app)
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    return call
+
+
+def profile_arguments(files: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("profile", files / "moe", "--tokens", files / "train", "--out", out, *more)
+
+
+SMALL = ("--max-tokens", 200, "--sequence-length", 16)  # 12 windows, 192 tokens
+
+
+def test_profile_counts_what_the_model_chose(run: Command, files: Path, tmp_path: Path) -> None:
+    status, out, err = run(*profile_arguments(files, tmp_path / "p.npz", *SMALL, "--seed", 3))
+    assert (status, err) == (0, "")
+    assert out == f"wrote {tmp_path / 'p.npz'}: 2 layers, 192 tokens\n"
+    found = read_profile(tmp_path / "p.npz")
+    batches = Batches(TokenFile(files / "train"), sequence_length=16, batch_size=1, seed=3)
+    model = load_model(files / "moe", torch.device("cpu"))
+    with torch.no_grad():
+        routers = model(torch.cat([batches.batch(window)[0] for window in range(12)])).routers
+    for layer, router in enumerate(routers):
+        expected = reference.count_pairs(router.ids_TK, 8).numpy()
+        assert np.array_equal(found.load[layer], expected.diagonal())
+        assert np.array_equal(found.counts[layer], expected - np.diag(expected.diagonal()))
+    assert found.top_k == 2
+    assert found.counts.sum(axis=(1, 2)).tolist() == found.load.sum(axis=1).tolist() == [2 * 192] * 2
+
+
+def test_profile_says_on_what_it_was_made(run: Command, files: Path, tmp_path: Path) -> None:
+    status, out, _ = run(*profile_arguments(files, tmp_path / "p.npz", *SMALL, "--json"))
+    report = json.loads(out)
+    about = read_profile(tmp_path / "p.npz").about
+    assert status == 0
+    assert report == {"written": str(tmp_path / "p.npz"), "layers": 2, "experts": 8, **about}
+    assert (about["tokens"], about["seed"]) == (192, 0)
+    assert len(about["model_hash"]) == len(about["corpus_hash"]) == 64
+
+
+def test_the_same_seed_gives_the_same_profile(run: Command, files: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(*profile_arguments(files, tmp_path / f"{name}.npz", *SMALL, "--seed", seed))[0] == 0
+    a, b, c = (read_profile(tmp_path / f"{name}.npz") for name in "abc")
+    assert np.array_equal(a.counts, b.counts)
+    assert a.about == b.about
+    assert not np.array_equal(a.counts, c.counts)
+
+
+def test_profile_counts_every_window_once(run: Command, files: Path, tmp_path: Path) -> None:
+    # 16 * 249 tokens are whole windows of the text; more would be counted twice
+    most = profile_arguments(files, tmp_path / "p.npz", "--sequence-length", 16, "--max-tokens")
+    assert run(*most, 16 * 249)[0] == 0
+    status, _, err = run(*most, 16 * 250, "--overwrite")
+    assert status == 2
+    assert "249" in err
+    assert "250" in err
+
+
+def test_place_finds_what_the_search_finds(run: Command, files: Path, tmp_path: Path) -> None:
+    status, out, err = run("place", files / "profile.npz", "--devices", 4, "--nodes", 2, "--out", tmp_path / "p.json")
+    placement, found = place(read_profile(files / "profile.npz"), 4, nodes=2)
+    assert (status, err) == (0, "")
+    assert read_placement(tmp_path / "p.json") == placement
+    assert json.loads((tmp_path / "p.json").read_text())["measured"] == found
+    assert out.startswith(f"wrote {tmp_path / 'p.json'}: pairs inside a device {_mean(found, 'placed'):.4f} (by id ")
+    assert out.endswith(", best of all partitions\n")
+
+
+def _mean(found: dict[str, Any], name: str) -> float:
+    return float(np.mean([layer["intra_device_fraction"] for layer in found[name]["layers"]]))
+
+
+def test_place_reports_json_alone(run: Command, files: Path, tmp_path: Path) -> None:
+    arguments = ("place", files / "profile.npz", "--devices", 2, "--out", tmp_path / "p.json")
+    status, out, err = run(*arguments, "--json")
+    report = json.loads(out)
+    assert (status, err, report["written"], report["exact"]) == (0, "", str(tmp_path / "p.json"), True)
+    assert _mean(report, "contiguous") <= _mean(report, "placed") == report["placed"]["intra_device_fraction"]
+
+
+def test_a_descent_is_said_not_to_be_proven(run: Command, tmp_path: Path) -> None:
+    random_profile(1, 20, seed=0).save(tmp_path / "p.npz")
+    arguments = ("place", tmp_path / "p.npz", "--devices", 4, "--overwrite", "--seed", 5, "--out")
+    outputs = [run(*arguments, tmp_path / name)[1] for name in ("a.json", "b.json")]
+    assert all(out.endswith(", best of several descents, not proven best\n") for out in outputs)
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_one_command_after_the_other(run: Command, files: Path, tmp_path: Path) -> None:
+    profile, placement = tmp_path / "p.npz", tmp_path / "p.json"
+    assert run(*profile_arguments(files, profile, *SMALL))[0] == 0
+    assert run("place", profile, "--devices", 2, "--out", placement)[0] == 0
+    rule = ("routing.rule=c2r", "routing.top_t=3", f"routing.profile={profile}", f"moe.placement={placement}")
+    status, out, err = run("train", write_run(files, tmp_path), *rule, "train.steps=2", "train.log_every=1", "--json")
+    summary = json.loads(out)
+    assert status == 0
+    layout, *steps = err.splitlines()
+    assert layout == "1 ranks on cpu (parallel.device = cpu)"
+    assert [line.split()[:2] for line in steps] == [["step", "1"], ["step", "2"]]
+    assert (summary["steps"], summary["ranks"]) == (2, 1)
+    assert 0 < summary["changed_share"] < 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+def test_check_for_touches_nothing_and_says_nothing(run: Command, files: Path, tmp_path: Path) -> None:
+    run_file = write_run(files, tmp_path)
+    before = contents(files, tmp_path)
+    assert run("train", run_file, "parallel.expert_parallel_size=2", "--check-for", 4) == (0, "", "")
+    status, out, err = run("train", run_file, "parallel.expert_parallel_size=2", "--check-for", 3)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "parallel.expert_parallel_size (2) must divide the 3 ranks" in err
+    assert contents(files, tmp_path) == before
+
+
+# arguments, in which {files} and {out} stand for the two folders, and the sentence
+REFUSALS: dict[str, tuple[str, str]] = {
+    "no run file": ("train {out}/none.toml", r"^run file .*none\.toml cannot be read \(No such file or directory\)"),
+    "unknown key": ("train {out}/run.toml train.stepz=3", r"^unknown key train\.stepz; did you mean train\.steps\?\n$"),
+    "no ranks": ("train {out}/run.toml --check-for 0", "'--check-for': .* greater than or equal to 1; see --help\n$"),
+    "profile of a dense model": (
+        "profile {files}/dense-engine --tokens {files}/train --out {out}/x.npz",
+        r"^.*/dense-engine is a dense model, profile counts experts; split it first\n$",
+    ),
+    "profile of no model": (
+        "profile {files}/none --tokens {files}/train --out {out}/x.npz",
+        r"^.*/none holds no engine checkpoint \(no model\.json\); make one with",
+    ),
+    "profile on no text": (
+        "profile {files}/moe --tokens {files}/none --out {out}/x.npz",
+        r"^token file .*/none\.bin does not exist",
+    ),
+    "profile of less than a window": (
+        "profile {files}/moe --tokens {files}/train --out {out}/x.npz --max-tokens 15 --sequence-length 16",
+        r"^--max-tokens \(15\) must be at least one window of 16 tokens\n$",
+    ),
+    "profile into what exists": (
+        "profile {files}/moe --tokens {files}/train --out {out}/old",
+        r"^output .*/old exists; choose another name or pass --overwrite\n$",
+    ),
+    "profile into a folder": (
+        "profile {files}/moe --tokens {files}/train --out {files} --overwrite",
+        r"^output .* is a folder, expected the name of a file; add one\n$",
+    ),
+    "place no profile": (
+        "place {files}/none.npz --devices 2 --out {out}/x.json",
+        r"^profile .*/none\.npz cannot be read .*; make one with `ep-engine profile`\n$",
+    ),
+    "place on too many": (
+        "place {files}/profile.npz --devices 9 --out {out}/x.json",
+        r"^--devices \(9\) must be in 1\.\.8, the experts of .*/profile\.npz; choose it there\n$",
+    ),
+    "place on none": (
+        "place {files}/profile.npz --devices 0 --out {out}/x.json",
+        r"^--devices \(0\) must be in 1\.\.8",
+    ),
+    "place on uneven nodes": (
+        "place {files}/profile.npz --devices 4 --nodes 3 --out {out}/x.json",
+        r"^nodes \(3\) must divide devices \(4\); give every node the same number\n$",
+    ),
+    "place into what exists": (
+        "place {files}/profile.npz --devices 2 --out {out}/old",
+        r"^output .*/old exists; choose another name or pass --overwrite\n$",
+    ),
+    "no such command": ("plce", r"^No such command 'plce'\..*; see --help\n$"),
+    "no such option": ("place {files}/profile.npz --device 2", r"^No such option: --device\b.*; see --help\n$"),
+    "missing option": ("place {files}/profile.npz --devices 2", r"^Missing option '--out'; see --help\n$"),
+    "no number": (
+        "place {files}/profile.npz --devices two --out x",
+        r"^Invalid value for '--devices': .*; see --help\n$",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_done_is_one_sentence_and_status_2(name: str, run: Command, files: Path, tmp_path: Path) -> None:
+    line, sentence = REFUSALS[name]
+    write_run(files, tmp_path)
+    (tmp_path / "old").write_text("kept")
+    before = contents(files, tmp_path)
+    status, out, err = run(*line.format(files=files, out=tmp_path).split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    with pytest.raises(ValueError, match=sentence):
+        raise ValueError(err)
+    assert contents(files, tmp_path) == before
+
+
+def test_overwrite_replaces_an_output(run: Command, files: Path, tmp_path: Path) -> None:
+    for name in ("p.npz", "p.json"):
+        (tmp_path / name).write_text("old")
+    assert run(*profile_arguments(files, tmp_path / "p.npz", *SMALL, "--overwrite"))[0] == 0
+    assert run("place", tmp_path / "p.npz", "--devices", 2, "--out", tmp_path / "p.json", "--overwrite")[0] == 0
+    assert read_placement(tmp_path / "p.json").num_experts == read_profile(tmp_path / "p.npz").num_experts == 8
+
+
+def test_run_folder_is_replaced_only_with_overwrite(run: Command, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    arguments = ("train", write_run(files, tmp_path), "train.steps=1")
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert "run is not empty (1 entries); choose another or pass --overwrite" in err
+    assert (tmp_path / "run" / "old").exists()
+    assert run(*arguments, "--overwrite")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "run.toml",
+        "summary.json",
+    ]
+
+
+@pytest.mark.parametrize("command", ["profile", "train"])
+def test_text_of_a_larger_vocabulary_is_refused(command: str, run: Command, files: Path, tmp_path: Path) -> None:
+    write_token_file(tmp_path / "other", [np.arange(4000) % 70], vocab_size=70)
+    if command == "profile":
+        given = ("profile", files / "moe", "--tokens", tmp_path / "other", "--out", tmp_path / "x.npz", *SMALL)
+    else:
+        given = ("train", write_run(files, tmp_path), f"data.heldout={tmp_path / 'other'}", "train.steps=1")
+    status, out, err = run(*given)
+    assert (status, out) == (2, "")
+    sentence = err.splitlines()[-1]
+    assert str(tmp_path / "other") in sentence
+    assert "64" in sentence
