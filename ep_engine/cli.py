@@ -24,11 +24,15 @@ def quickstart_command(
     """Go the whole way: text, a dense model, experts, placement, four ways to route, a report, an export."""
     # transformers, when first imported, decides where to copy the code of the export: not into the user's cache.
     os.environ.setdefault("HF_MODULES_CACHE", str((out / "hf_modules").resolve()))
-    from ep_engine.quickstart import quickstart
+    from rich.console import Console
+
+    from ep_engine.quickstart import print_table, quickstart
 
     summary = quickstart(out, overwrite=overwrite)
     if as_json:
         print_json(summary)
+    else:
+        print_table(summary, Console())
 
 
 @app.command("train")

@@ -8,7 +8,7 @@ again by their backwards. A token goes to a rank once, however many of its exper
 Shape letters as in ops.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Site:
     rank: int
     slot_of_expert: list[int]  # [E], in [0, P * slots_per_rank)
     one_row_per_copy: bool = False  # send a row per copy and sum at the token's home, in the order of expert ids
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, placement: Placement, layer: int, cut: Cut, rank: int, *, one_row_per_copy: bool = False) -> "Site":
@@ -36,6 +37,12 @@ class Site:
     def slots_per_rank(self) -> int:
         """L, expert slots of this rank."""
         return self.cut.slots_per_rank
+
+    def slot_table(self, device: torch.device) -> Tensor:
+        """slot_of_expert as int32 on a device; made once, because a copy to a GPU would wait for it."""
+        if device not in self._tables:
+            self._tables[device] = torch.tensor(self.slot_of_expert, dtype=torch.int32, device=device)
+        return self._tables[device]
 
     def experts_here(self) -> list[int]:
         """[L]: the logical expert in every slot of this rank, -1 for an empty one."""
@@ -72,7 +79,7 @@ def make_plan(ids_TK: Tensor, site: Site, link: Link) -> Plan:
         link: this layer's end of the transport.
     """
     num_tokens, top_k = ids_TK.shape
-    slot_of_expert_E = torch.tensor(site.slot_of_expert, dtype=torch.int32, device=ids_TK.device)
+    slot_of_expert_E = site.slot_table(ids_TK.device)
     sent = ops.plan_send(
         ids_TK,
         slot_of_expert_E,

@@ -137,7 +137,6 @@ def quickstart(out: Path, sizes: Sizes | None = None, *, overwrite: bool = False
     with whole_file(out / "summary.json") as beside:
         beside.write_text(json.dumps(summary, indent=1) + "\n")
     progress.done(f"report in {out / 'report.html'}, figures in {out / 'summary.json'}")
-    print_table(summary, progress.console)
     return summary
 
 
@@ -336,7 +335,8 @@ def _torchrun(config: RunConfig, progress: Progress) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
     command += ["-m", "ep_engine.cli", "train", str(run_file), "--overwrite"]
     threads = max(1, (os.cpu_count() or 1) // NUM_RANKS)
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    # All ranks are on this machine, whose own name need not resolve.
+    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", **os.environ}
     with (
         log.open("w") as file,
         bar(f"training {folder.name} on {NUM_RANKS} ranks", config.train.steps) as advance,

@@ -12,6 +12,7 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then # torchrun would give each rank one threa
   cores=$(nproc)
   export OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
 fi
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} # all ranks are here, and a machine's own name need not resolve
 # A mistake in the run is one sentence and status 2 here; from within torchrun it would be status 1 under a traceback.
 "$PYTHON" -P -m ep_engine.cli train --check-for "$ranks" "$@"
 exec "$PYTHON" -P -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m ep_engine.cli train "$@"

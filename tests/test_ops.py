@@ -221,6 +221,16 @@ def test_weight_gradients_are_dot_products(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("inner", [1, 7, 10, 64])
+def test_a_row_of_logits_depends_on_nothing_but_itself(inner: int) -> None:
+    x, w = torch.randn(50, inner), torch.randn(9, inner)
+    found = ops.linear_rows(x, w)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, w), rtol=1e-5, atol=1e-5)
+    for first, last in ((0, 1), (3, 17), (49, 50), (20, 20)):
+        alone = torch.empty(last - first, inner + 1)[:, 1:].copy_(x[first:last]).contiguous()
+        assert torch.equal(ops.linear_rows(alone, w), found[first:last])
+
+
 def test_pairs_are_counted_as_in_the_reference() -> None:
     ids_TK = torch.stack([torch.randperm(7)[:3] for _ in range(50)])
     counts_EE = torch.zeros(7, 7, dtype=torch.int64)

@@ -17,8 +17,10 @@ from tests.routing_cases import routing_cases, select_by_hand
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "c2r" / "golden_routing.json"
 LISTS = Path(__file__).parents[2] / "shared" / "data" / "c2r"
 # Published list of layer 0 of LLaMA-MoE-3.5B 2/8 (UNITES-Lab/c2r-moe, MIT licence).
-LLAMA_LAYER_0 = [[int(expert) for expert in row] for row in
-                 "31657240 36704521 47615302 61074523 57261304 74106235 31405276 51430267".split()]  # fmt: skip
+LLAMA_LAYER_0 = [
+    [int(expert) for expert in str(row)]
+    for row in (31657240, 36704521, 47615302, 61074523, 57261304, 74106235, 31405276, 51430267)
+]
 LLAMA_CHOICES = {
     1: [[3, 6], [1, 3], [6, 3], [4, 5]],
     2: [[3, 1], [1, 3], [6, 1], [4, 5]],
