@@ -234,6 +234,12 @@ def tokenizer_folder(source: Path | None) -> Path | None:
     return None
 
 
+def newest(run_folder: Path) -> Path | None:
+    """The checkpoint of most steps in a run folder; None if it holds none."""
+    found = [path for path in (run_folder / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; UserError if `folder` is not one."""
     try:

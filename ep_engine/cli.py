@@ -54,8 +54,8 @@ def train_command(
     run = resolve(config, check_for or world.size, overwrite=overwrite)
     if check_for is not None:
         return
+    device = world.pick_device(config.parallel.device)
     if world.rank == 0:
-        device = world.pick_device(config.parallel.device)
         typer.echo(f"{world.size} ranks on {device.type} (parallel.device = {config.parallel.device})", err=True)
     summary = train(run, world, report=_print_line)
     if as_json and world.rank == 0:

@@ -4,6 +4,7 @@ Letters:  L MoE layers   E experts   K top_k   D devices
 """
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from ep_engine.errors import UserError
 from ep_engine.output import whole_file
 from ep_engine.placement import Placement
+
+# What numpy and zipfile raise on a file that is cut short or damaged.
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,18 @@ def read_profile(path: Path) -> Profile:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise UserError(f"profile {path} cannot be read ({error}); make one with `ep-engine profile`") from None
     missing = [name for name in ("counts", "load", "top_k") if name not in arrays]
     if missing:
         raise UserError(f"profile {path} has no array {missing[0]}; make it with `ep-engine profile`")
     counts, load, top_k = arrays.pop("counts"), arrays.pop("load"), arrays.pop("top_k")
     for name, array in (("counts", counts), ("load", load), ("top_k", top_k)):
-        if not np.issubdtype(array.dtype, np.integer) or (name == "top_k" and array.size != 1):
+        if not np.issubdtype(array.dtype, np.integer) or (name == "top_k" and array.ndim != 0):
             raise UserError(
                 f"profile {path} must hold integers in {name}, got {array.dtype} {array.shape}; make it again"
             )
-    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or load.shape != counts.shape[:2]:
+    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or load.shape != counts.shape[:2] or not counts.size:
         raise UserError(
             f"profile {path} has counts {counts.shape} and load {load.shape}, expected (L, E, E) and (L, E); make it "
             "again"

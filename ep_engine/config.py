@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from ep_engine.errors import UserError
 from ep_engine.model_config import first_sentence
@@ -40,7 +40,7 @@ class ModelSection(_Section):
     """hidden width of the FFN of a new model"""
     max_position_embeddings: int = Field(2048, ge=1)
     """longest context of a new model"""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: FiniteFloat = Field(10000.0, gt=0)
     """base of the rotary positions of a new model"""
     tie_embeddings: bool = False
     """whether a new model's head is its embedding"""
@@ -80,13 +80,13 @@ class TrainSection(_Section):
 
     steps: int = Field(ge=1)
     """optimiser steps"""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: FiniteFloat = Field(1e-3, gt=0)
     """peak learning rate"""
-    min_learning_rate: float = Field(1e-4, ge=0)
+    min_learning_rate: FiniteFloat = Field(1e-4, ge=0)
     """learning rate at the last step"""
     warmup_steps: int = Field(20, ge=0)
     """steps of linear warm-up"""
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: FiniteFloat = Field(0.1, ge=0)
     """of matrices; norms and biases have none"""
     beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW's first moment"""
@@ -94,7 +94,7 @@ class TrainSection(_Section):
     """AdamW's second moment"""
     clip_grad_norm: float = Field(1.0, gt=0)
     """largest global gradient norm"""
-    load_balance: float = Field(0.01, ge=0)
+    load_balance: FiniteFloat = Field(0.01, ge=0)
     """coefficient of the load-balance loss of MoE models"""
     seed: int = 0
     """of new weights and of the order of batches"""
@@ -104,6 +104,15 @@ class TrainSection(_Section):
     """steps between lines of metrics.jsonl"""
     save_every: int | None = Field(None, ge=1)
     """steps between checkpoints; one is always written at the end"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate ({self.min_learning_rate}) must not be above train.learning_rate "
+                f"({self.learning_rate}), from which the rate falls; lower it"
+            )
+        return self
 
 
 class ParallelSection(_Section):
@@ -115,8 +124,8 @@ class ParallelSection(_Section):
     """ranks that share the experts of a layer; divides data_parallel_size"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if every rank of a node has one, else CPU"""
-    timeout_s: float = Field(300.0, gt=0)
-    """seconds after which a rank that hears nothing from another gives up"""
+    timeout_s: float = Field(300.0, gt=0, le=604_800)
+    """seconds after which a rank that hears nothing from another gives up; a week at most"""
 
 
 class MoESection(_Section):

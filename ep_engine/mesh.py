@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ep_engine.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -33,7 +35,16 @@ class World:
         return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "01010", strict=True)))
 
     def pick_device(self, wanted: str) -> torch.device:
-        """`auto`: a GPU if every rank of the node has one of its own, else the CPU."""
+        """`auto`: a GPU if every rank of the node has one of its own, else the CPU.
+
+        Raises:
+            UserError: `cuda` is wanted and there are fewer GPUs than ranks.
+        """
+        if wanted == "cuda" and torch.cuda.device_count() < self.local_size:
+            raise UserError(
+                f"parallel.device is cuda, but this machine has {torch.cuda.device_count()} GPUs for {self.local_size} "
+                "ranks; start fewer ranks, or set it to cpu"
+            )
         if wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= self.local_size):
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")

@@ -148,13 +148,15 @@ def first_sentence(error: ValidationError) -> str:
         return f"{key} is missing; add it"
     if problem["type"] == "json_invalid":
         return f"{text}; make the file again"
-    return text if problem["type"] == "value_error" else f"{key}: {text}, got {problem['input']!r}; correct the value"
+    if problem["type"] == "value_error":
+        return text
+    return f"{f'{key}: ' if key else ''}{text}, got {problem['input']!r}; correct the value"
 
 
 def read_model_config(path: Path) -> ModelConfig:
     """Read `model.json`; UserError if it is missing or not a valid model."""
     try:
-        return ModelConfig.model_validate_json(path.read_text())
+        return ModelConfig.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path.parent} holds no engine checkpoint (no {path.name}); make one with "

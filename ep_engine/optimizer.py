@@ -51,7 +51,7 @@ def learning_rate(train: TrainSection, step: int) -> float:
     """Rate of step 0..steps-1: linear warm-up, then half a cosine down to the minimum at the last step."""
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
-    span = max(train.steps - 1 - train.warmup_steps, 1)
+    span = max(train.steps - 1 - train.warmup_steps, 1)  # one step after warm-up has the peak rate
     falling = 0.5 * (1 + math.cos(math.pi * min((step - train.warmup_steps) / span, 1.0)))
     return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * falling
 

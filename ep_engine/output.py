@@ -14,6 +14,7 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
     """UserError if `path` is a file, or a non-empty folder and `overwrite` is not set. Touches nothing."""
     if path.exists() and not path.is_dir():
         raise UserError(f"output {path} is a file, expected a folder; choose another name")
+    _check_above(path)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(
             f"output folder {path} is not empty ({sum(1 for _ in path.iterdir())} entries); "
@@ -27,6 +28,13 @@ def check_output_file(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"output {path} is a folder, expected the name of a file; add one")
     if path.exists() and not overwrite:
         raise UserError(f"output {path} exists; choose another name or pass --overwrite")
+    _check_above(path)
+
+
+def _check_above(path: Path) -> None:
+    above = next((folder for folder in path.absolute().parents if folder.exists()), None)
+    if above is not None and not above.is_dir():
+        raise UserError(f"output {path} would lie below {above}, which is a file; choose another name")
 
 
 @contextmanager

@@ -49,6 +49,11 @@ def profile(
         raise UserError(f"{folder} is a dense model, profile counts experts; split it first")
     if max_tokens < sequence_length:
         raise UserError(f"--max-tokens ({max_tokens}) must be at least one window of {sequence_length} tokens")
+    if sequence_length > config.max_position_embeddings:
+        raise UserError(
+            f"--sequence-length ({sequence_length}) is longer than the model's positions "
+            f"({config.max_position_embeddings}); choose a shorter one"
+        )
     model = load_model(folder, device or torch.device("cpu"))
     num_windows = max_tokens // sequence_length
     batches = Batches(tokens, sequence_length=sequence_length, batch_size=1, seed=seed)

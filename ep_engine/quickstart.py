@@ -23,6 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from ep_engine.checkpoint import newest
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, make_config, to_toml
 from ep_engine.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
@@ -371,4 +372,6 @@ def _tool(command: str, *arguments: object) -> dict[str, Any]:
 
 def _last(run_folder: Path) -> Path:
     """The last checkpoint of a run."""
-    return max((run_folder / "checkpoints").iterdir())
+    checkpoint = newest(run_folder)
+    assert checkpoint is not None, "a run that ends well has written one"
+    return checkpoint

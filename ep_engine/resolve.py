@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ep_engine.checkpoint import read_manifest
+from ep_engine.checkpoint import newest, read_manifest, tokenizer_folder
 from ep_engine.collaboration import collaboration_lists, read_profile
 from ep_engine.config import RunConfig, differing
 from ep_engine.errors import UserError
@@ -92,6 +92,10 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
 def _check_apart(config: RunConfig) -> None:
     """The run folder is emptied before the first step: nothing that is read may lie in it."""
     folder = config.output.folder.resolve()
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(
+            f"output.folder {config.output.folder} would replace the folder you are in; name a folder inside it"
+        )
     for section, name in _INPUTS:
         path = getattr(getattr(config, section), name)
         if path is not None and folder in (path.resolve(), *path.resolve().parents):
@@ -101,16 +105,20 @@ def _check_apart(config: RunConfig) -> None:
 
 
 def _last_checkpoint(config: RunConfig) -> Path:
-    found = (config.output.folder / "checkpoints").glob("step_*")
-    checkpoints = sorted((path for path in found if path.name[5:].isdigit()), key=lambda path: int(path.name[5:]))
-    if not checkpoints:
+    checkpoint = newest(config.output.folder)
+    if checkpoint is None:
         raise UserError(f"output.resume is set, but {config.output.folder}/checkpoints holds none; start without it")
-    step = read_manifest(checkpoints[-1])["training"].get("step")
-    if step is None or step >= config.train.steps:
+    step = read_manifest(checkpoint)["training"].get("step")
+    if step is None:
         raise UserError(
-            f"{checkpoints[-1]} is at step {step} and train.steps is {config.train.steps}; there is nothing left to do"
+            f"{checkpoint} is of no run: it knows no step to go on from to train.steps is {config.train.steps}; name it "
+            "as model.checkpoint instead"
         )
-    return checkpoints[-1]
+    if step >= config.train.steps:
+        raise UserError(
+            f"{checkpoint} is at step {step} and train.steps is {config.train.steps}; there is nothing left to do"
+        )
+    return checkpoint
 
 
 def _new_model(config: RunConfig) -> ModelConfig:
@@ -170,8 +178,17 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
         if routing.profile is None:
             raise UserError(f"routing.rule {routing.rule} needs routing.profile; make one with `ep-engine profile`")
         profile = read_profile(routing.profile)
+        if (profile.num_layers, profile.num_experts) != (model.num_layers, model.moe.num_experts):
+            raise UserError(
+                f"routing.profile {routing.profile} has {profile.num_layers} layers of {profile.num_experts} experts, "
+                f"the model {model.num_layers} of {model.moe.num_experts}; profile this model"
+            )
         tables = tables.model_copy(update={"top_t": routing.top_t, "lists": collaboration_lists(profile.counts)})
     if routing.rule == "c2r_grouped":
+        if config.moe.placement is None:
+            raise UserError(
+                "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with `ep-engine place`"
+            )
         if routing.max_devices > placement.devices:
             raise UserError(
                 f"routing.max_devices ({routing.max_devices}) is more than the placement's {placement.devices} "
@@ -187,11 +204,12 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
 
 def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:
     data = config.data
-    Batches(train, sequence_length=data.sequence_length, batch_size=data.batch_size, seed=config.train.seed)
+    # A first batch of each is read, so that text of another vocabulary shows before the run folder is touched.
+    sizes = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
+    Batches(train, **sizes, seed=config.train.seed).batch(0)
     if heldout is not None:
-        heldout_batches(
-            heldout,
-            sequence_length=data.sequence_length,
-            batch_size=data.batch_size,
-            num_batches=data.heldout_batches,
+        next(heldout_batches(heldout, **sizes, num_batches=data.heldout_batches))
+    if data.tokenizer is not None and tokenizer_folder(data.tokenizer) is None:
+        raise UserError(
+            f"data.tokenizer {data.tokenizer} holds no tokenizer files; give a Hugging Face tokenizer folder"
         )

@@ -104,6 +104,7 @@ class Trainer:
         self.total = Ledger(self.ledger.tier_of_rank)
         self.speeds: list[float] = []
         self.loads_LE: Tensor | None = None
+        self.last_saved: Path | None = None
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
@@ -152,9 +153,11 @@ class Trainer:
         loss.backward()
         total, norm = sum_over_ranks(share, self.model, self.group)
         if not (math.isfinite(total) and math.isfinite(norm)):
+            kept = self.last_saved or self.run.resume
             raise Fault(
-                f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; training stopped, the last "
-                f"checkpoint in {self.config.output.folder} is good, lower train.learning_rate",
+                f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; training stopped, "
+                f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was written yet'}, lower "
+                "train.learning_rate",
                 everywhere=True,
             )
         clip_gradients(self.model, norm, train.clip_grad_norm)
@@ -246,8 +249,9 @@ class Trainer:
 
     def _save(self, folder: Path) -> None:
         entries = {**entries_of(self.model), **moment_entries(self.model, self.optimizer)}
+        path = folder / "checkpoints" / f"step_{self.step:06}"
         checkpoint.save(
-            folder / "checkpoints" / f"step_{self.step:06}",
+            path,
             self.run.model,
             entries,
             training={"step": self.step},
@@ -255,6 +259,7 @@ class Trainer:
             group=self.group,
             overwrite=True,
         )
+        self.last_saved = path
 
     def _open_folder(self, folder: Path) -> None:
         if self.rank == 0 and self.run.resume is None:

@@ -64,6 +64,8 @@ def test_profile_counts_what_the_model_chose(run: Command, files: Path, tmp_path
         expected = reference.count_pairs(router.ids_TK, 8).numpy()
         assert np.array_equal(found.load[layer], expected.diagonal())
         assert np.array_equal(found.counts[layer], expected - np.diag(expected.diagonal()))
+    with np.load(tmp_path / "p.npz") as stored:
+        assert (np.diagonal(stored["counts"], axis1=1, axis2=2) == 0).all()
     assert found.top_k == 2
     assert found.counts.sum(axis=(1, 2)).tolist() == found.load.sum(axis=1).tolist() == [2 * 192] * 2
 
@@ -174,6 +176,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "profile {files}/moe --tokens {files}/train --out {out}/x.npz --max-tokens 15 --sequence-length 16",
         r"^--max-tokens \(15\) must be at least one window of 16 tokens\n$",
     ),
+    "profile of longer windows than the model's": (
+        "profile {files}/moe --tokens {files}/train --out {out}/x.npz --max-tokens 129 --sequence-length 129",
+        r"\b129\b.*\b128\b",
+    ),
     "profile into what exists": (
         "profile {files}/moe --tokens {files}/train --out {out}/old",
         r"^output .*/old exists; choose another name or pass --overwrite\n$",
@@ -248,6 +254,28 @@ def test_run_folder_is_replaced_only_with_overwrite(run: Command, files: Path, t
         "run.toml",
         "summary.json",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_that_is_not_there_is_refused_before_anything_is_replaced(
+    run: Command, files: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    status, out, err = run("train", write_run(files, tmp_path), "parallel.device=cuda", "--overwrite")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "parallel.device" in err
+    assert (tmp_path / "run" / "old").exists()
+
+
+def test_text_of_a_larger_vocabulary_replaces_no_run(run: Command, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").touch()
+    write_token_file(tmp_path / "other", [np.full(4000, 69)], vocab_size=70)  # seen in the first batch
+    status, _, err = run("train", write_run(files, tmp_path), f"data.train={tmp_path / 'other'}", "--overwrite")
+    assert status == 2
+    assert "id 69" in err
+    assert (tmp_path / "run" / "old").exists()
 
 
 @pytest.mark.parametrize("command", ["profile", "train"])

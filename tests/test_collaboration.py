@@ -143,6 +143,9 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "negative": ({"counts": -COUNTS[None]}, "must be symmetric and not negative"),
     "objects": ({"counts": np.array([[[{}]]], dtype=object)}, "cannot be read .*; make one with `ep-engine profile`"),
+    "no layer": ({"counts": COUNTS[None][:0], "load": LOAD[None][:0]}, r"counts \(0, 4, 4\)"),
+    "no expert": ({"counts": COUNTS[None, :0, :0], "load": LOAD[None, :0]}, r"counts \(1, 0, 0\)"),
+    "top_k in a list": ({"top_k": np.array([2])}, "top_k"),
     "several top_k": ({"top_k": np.array([2, 2])}, "top_k"),
     "words": ({"counts": np.full((1, 4, 4), "many")}, "counts"),
 }
@@ -190,6 +193,24 @@ def test_file_that_is_no_profile_is_refused(name: str, tmp_path: Path) -> None:
     FILES[name](path)
     with pytest.raises(UserError, match=rf"^profile {path} .*; make (one|it) (again|with `ep-engine profile`)$"):
         read_profile(path)
+
+
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "profile.npz"
+    saved = Profile(COUNTS[None], LOAD[None], 2, {"seed": 3})
+    saved.save(path)
+    whole = path.read_bytes()
+    num_refused = 0
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            back = read_profile(path)
+        except UserError:
+            num_refused += 1
+        else:
+            assert np.array_equal(back.counts, saved.counts), position
+            assert np.array_equal(back.load, saved.load), position
+    assert num_refused > len(whole) / 3
 
 
 class _Bomb:

@@ -106,6 +106,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "negative rate": (changed(train__learning_rate=-1e-3), r"train\.learning_rate: .* greater than 0, got -0\.001"),
     "not a number": (changed(train__learning_rate=math.nan), r"train\.learning_rate: .*, got nan"),
     "no time to wait": (changed(parallel__timeout_s=0.0), r"parallel\.timeout_s: .* greater than 0, got 0\.0"),
+    "no end of waiting": (changed(parallel__timeout_s=math.inf), r"parallel\.timeout_s: .*, got inf"),
+    "minimum above the peak": (  # such as the default minimum for a small peak
+        changed(train__learning_rate=5e-5),
+        r"train\.min_learning_rate \(0\.0001\) .* train\.learning_rate \(5e-05\)",
+    ),
     "wrong type": (changed(data__batch_size="many"), r"data\.batch_size: .* valid integer.*, got 'many'; correct"),
     "half a step": (changed(train__steps=1.5), r"train\.steps: .* valid integer.*, got 1\.5"),
     "unknown dtype": (changed(train__dtype="fp8"), r"train\.dtype: .*'float32' or 'bfloat16', got 'fp8'"),
@@ -231,6 +236,7 @@ def test_what_is_written_is_read_back(
         train__steps=steps,
         train__seed=seed,
         train__learning_rate=rate,
+        train__min_learning_rate=rate / 3,
         output__folder=text,
         output__resume=resume,
         routing__rule="c2r",
@@ -246,7 +252,7 @@ def test_what_is_written_is_read_back(
         {"output__folder": "runs/\U0001f600"},  # two UTF-16 units in JSON, which are no TOML
         {"output__folder": 'a "quoted"\tname\\'},
         {"train__clip_grad_norm": math.inf},  # no clipping
-        {"train__learning_rate": 1e-5, "train__save_every": 7},
+        {"train__min_learning_rate": 1e-5, "train__save_every": 7},
     ],
     ids=["beyond 16 bits", "quotes", "infinite", "small"],
 )

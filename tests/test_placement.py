@@ -179,7 +179,9 @@ def test_layers_must_all_hold_the_same_experts(layers: list[list[int]], tmp_path
         read_placement(path)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"devices": 2', b"\xff\xfe\x00"], ids=["empty", "cut short", "no text"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"devices": 2', b"\xff\xfe\x00", b"[]"], ids=["empty", "cut short", "no text", "a list"]
+)
 def test_file_that_is_no_json_is_refused_in_one_clean_sentence(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "placement.json"
     path.write_bytes(content)

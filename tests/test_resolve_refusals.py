@@ -115,6 +115,7 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
     ),
     "no text": (1, ("data.train={files}/none",), r"^token file .*/none\.bin does not exist"),
     "no held-out text": (1, ("data.heldout={files}/none",), r"^token file .*/none\.bin does not exist"),
+    "no tokenizer": (1, ("data.tokenizer={files}/none",), r"data\.tokenizer .*/none\b"),
     "too little text": (1, ("data.batch_size=250",), "train.* gives 249 windows of 16 tokens, but 250 are asked for"),
     "too little held-out text": (
         1,
@@ -154,6 +155,13 @@ def test_sizes_that_make_no_model_are_refused(
     sizes: dict[str, int], sentence: str, files: Path, tmp_path: Path
 ) -> None:
     refuse(files, tmp_path, sentence, model={**NEW_MODEL, **sizes})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"], ids=["empty", "cut short", "a list", "no text"])
+def test_damaged_model_file_is_refused(content: bytes, files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "moe", tmp_path / "moe")
+    (tmp_path / "moe" / "model.json").write_bytes(content)
+    refuse(files, tmp_path, r"^.*/moe/model\.json\b(?!.*: :)", "model.checkpoint={out}/moe")
 
 
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(3, 8), (1, 8), (2, 6), (2, 9)])
