@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -284,7 +285,7 @@ def generate(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 
 def print_table(summary: dict[str, Any], console: Console) -> None:
     """The closing table."""
-    table = Table(*COLUMNS)
+    table = Table(*COLUMNS, box=SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for row in table_rows(summary["arms"]):

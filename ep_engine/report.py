@@ -21,7 +21,7 @@ from ep_engine.ledger import DIRECTIONS
 from ep_engine.output import whole_file
 from ep_engine.placement import Placement
 
-COLUMNS = ("arm", "held-out loss", "bytes/token", "devices/token", "load", "tokens/s", "changed")
+COLUMNS = ("arm", "held-out", "bytes/token", "devices/token", "load", "tokens/s", "changed")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }

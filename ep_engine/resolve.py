@@ -111,8 +111,8 @@ def _last_checkpoint(config: RunConfig) -> Path:
     step = read_manifest(checkpoint)["training"].get("step")
     if step is None:
         raise UserError(
-            f"{checkpoint} is of no run: it knows no step to go on from to train.steps is {config.train.steps}; name it "
-            "as model.checkpoint instead"
+            f"{checkpoint} knows no step to go on from, and train.steps is {config.train.steps}; name it as "
+            "model.checkpoint instead"
         )
     if step >= config.train.steps:
         raise UserError(
@@ -187,7 +187,8 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
     if routing.rule == "c2r_grouped":
         if config.moe.placement is None:
             raise UserError(
-                "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with `ep-engine place`"
+                "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with "
+                "`ep-engine place`"
             )
         if routing.max_devices > placement.devices:
             raise UserError(
