@@ -35,7 +35,7 @@ from ep_engine.place import place
 from ep_engine.placement import Placement
 from ep_engine.profile import profile
 from ep_engine.progress import bar
-from ep_engine.report import COLUMNS, table_rows, write_report
+from ep_engine.report import CAPTION, COLUMNS, table_rows, write_report
 from ep_engine.resolve import resolve
 from ep_engine.tokens import TokenFile, unigram_entropy
 from ep_engine.trainer import train
@@ -285,7 +285,7 @@ def generate(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 
 def print_table(summary: dict[str, Any], console: Console) -> None:
     """The closing table."""
-    table = Table(*COLUMNS, box=SIMPLE)
+    table = Table(*COLUMNS, box=SIMPLE, caption=CAPTION, caption_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in table_rows(summary["arms"]):

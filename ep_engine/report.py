@@ -21,7 +21,11 @@ from ep_engine.ledger import DIRECTIONS
 from ep_engine.output import whole_file
 from ep_engine.placement import Placement
 
-COLUMNS = ("arm", "held-out", "bytes/token", "devices/token", "load", "tokens/s", "changed")
+COLUMNS = ("arm", "held-out loss", "bytes", "devices", "load", "tokens/s", "changed")
+CAPTION = (
+    "Per token: bytes that left a rank, over all layers and both directions, forward and backward; distinct devices. "
+    "Load: the busiest expert over the mean. Changed: tokens whose experts are not those of plain top-k."
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; } th, td { padding: .3rem .9rem; border-bottom: 1px solid #ddd; text-align: right; }
@@ -87,6 +91,7 @@ def write_report(
         f"{summary['seconds']:.0f} s and {summary['peak_gib']:.1f} GiB in all, on "
         f"{html.escape(summary['machine'])}.</p>",
         _table(summary["arms"]),
+        f"<p>{CAPTION}</p>",
         *(f"<figure><img alt='' src='{_inline(f)}'><figcaption>{text}</figcaption></figure>" for text, f in figures),
         "<details><summary>summary.json</summary><pre>",
         html.escape(json.dumps(summary, indent=1)),
