@@ -1,5 +1,6 @@
 """From a run's configuration to what will be trained: every file read, every relation checked, before any group."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,9 +131,27 @@ def _new_model(config: RunConfig) -> ModelConfig:
             "pairs of channels"
         )
     try:
-        return ModelConfig(**{"num_kv_heads": heads, **sizes}, head_dim=hidden // heads)
+        return ModelConfig(
+            **{"num_kv_heads": heads, **sizes}, head_dim=hidden // heads, carried=_token_ids(config.data.tokenizer)
+        )
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
+
+
+def _token_ids(tokenizer: Path | None) -> dict[str, int | None]:
+    """Ids of the tokenizer's bos, eos and pad token for a new model's config.json; None for one that it has not.
+
+    Without them transformers would take LLaMA's own, 1 and 2, and never stop generating.
+    """
+    folder = tokenizer_folder(tokenizer)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return {}
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    id_of = {token["content"]: token["id"] for token in added}
+    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokens = {kind: names.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
+    contents = {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
+    return {f"{kind}_token_id": id_of.get(content) for kind, content in contents.items()}
 
 
 def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:

@@ -131,8 +131,9 @@ class Trainer:
                 report(line)
                 window = _Window()
             if self.step == train.steps or (train.save_every and self.step % train.save_every == 0):
+                before = time.perf_counter()
                 self._save(folder)
-                window.started = time.perf_counter()  # a save is no training
+                window.started += time.perf_counter() - before  # a save is no training
         summary = self._summary()
         if self.rank == 0:
             with whole_file(folder / "summary.json") as beside:

@@ -85,6 +85,7 @@ def test_everything_is_in_the_run_folder(run: tuple[Path, dict[str, Any]], capsy
     assert run_tool("verify", max((out / "c2r/checkpoints").iterdir()), out / "c2r-hf") == 0
     config = json.loads((out / "c2r-hf/config.json").read_text())
     assert (config["routing_rule"], config["top_t"]) == ("c2r", 3)
+    assert (config["eos_token_id"], config["bos_token_id"]) == (0, None)  # those of the tokenizer, not LLaMA's
     assert summary["generated"].startswith("def __init__(self")
     assert len(summary["generated"]) > len("def __init__(self")
     page = (out / "report.html").read_text()

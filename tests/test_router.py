@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from ep_engine.router import C2R, C2RGrouped, Router, TopK
 from tests.routing_cases import routing_cases, select_by_hand
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "c2r" / "golden_routing.json"
-LISTS = Path(__file__).parents[2] / "shared" / "data" / "c2r"
 # Published list of layer 0 of LLaMA-MoE-3.5B 2/8 (UNITES-Lab/c2r-moe, MIT licence).
 LLAMA_LAYER_0 = [
     [int(expert) for expert in str(row)]
@@ -50,17 +50,19 @@ def test_golden_weights_of_llama_moe() -> None:
     torch.testing.assert_close(routing.weights_TK[0], torch.tensor([2.103724, 1.896276]), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the published lists are not beside this checkout")
-def test_qwen_lists_choose_the_golden_sets() -> None:
-    import numpy as np
-
-    lists = np.load(LISTS / "qwen_collaborative_list.npz")["collaborative_list"][0]
-    golden = json.loads(GOLDEN.read_text())["qwen"]
-    assert golden["k"] == 4
-    chosen = C2R(4, torch.tensor(lists), 30).select(golden_logits(60)).tolist()
-    # Sets after the first, which is the top-1 expert: the published rule leaves the others unsorted.
-    expected = [[54, 20, 4, 55], [1, 35, 52, 10], [6, 40, 51, 34], [55, 38, 21, 0]]
-    assert [(row[0], set(row)) for row in chosen] == [(row[0], set(row)) for row in expected]
+@pytest.mark.skipif(not GOLDEN.exists(), reason="the golden routings are not beside this checkout")
+@pytest.mark.parametrize(("model", "num_experts"), [("llama", 8), ("qwen", 60)])
+def test_published_lists_choose_the_golden_experts(model: str, num_experts: int) -> None:
+    lists = np.load(GOLDEN.parent / f"{model}_collaborative_list.npz")["collaborative_list"][0]
+    golden = json.loads(GOLDEN.read_text())[model]
+    logits_TE = golden_logits(num_experts)
+    for name, case in golden["cases"].items():
+        ids_TK = C2R(golden["k"], torch.tensor(lists), int(name.removeprefix("T="))).select(logits_TE)
+        # As sets after the first, the top-1 expert: the published rule leaves the others unsorted.
+        assert [(row[0], set(row)) for row in ids_TK.tolist()] == [(row[0], set(row)) for row in case["idx"]], name
+        if model == "qwen":  # weights of that family: softmax over all experts
+            weights_TK = logits_TE.softmax(dim=1).gather(1, ids_TK)
+            torch.testing.assert_close(weights_TK.sum(dim=1), torch.tensor(case["sum_w"]), rtol=0, atol=1e-6)
 
 
 @given(case=routing_cases())
