@@ -55,10 +55,12 @@ def _write_golden(kind: str, found: list[float]) -> None:
     GOLDEN.write_text(json.dumps(golden | {kind: found}, indent=1) + "\n")
 
 
-def test_two_runs_are_the_same_bit_by_bit(folder: Path) -> None:
-    configs = [small_run(folder, f"twice-{i}", **moe_sections(folder, "c2r")) for i in range(2)]
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_two_runs_are_the_same_bit_by_bit(ep_size: int, folder: Path) -> None:
+    sections = moe_sections(folder, "c2r", parallel={"expert_parallel_size": ep_size})
+    configs = [small_run(folder, f"twice-{ep_size}-{i}", **sections) for i in range(2)]
     for config in configs:
-        train_here(config)
+        run_ranks(_train, config, world_size=ep_size)
     assert losses(configs[0]) == losses(configs[1])
     sums = [read_manifest(config.output.folder / "checkpoints/step_000006")["checksums"] for config in configs]
     assert sums[0] == sums[1]
