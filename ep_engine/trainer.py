@@ -8,10 +8,12 @@ FOLDER/summary.json              written last: the figures of the whole run
 
 import json
 import math
+import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,10 @@ from ep_engine.output import whole_file
 from ep_engine.parallelize import build, entries_of
 from ep_engine.resolve import Run
 from ep_engine.tokens import Batches, heldout_batches
+from ep_engine.transport import lost_peer
+
+# What gloo, NCCL and torch.distributed say when a peer is gone or silent.
+_BACKENDS = re.compile(r"gloo|nccl|ProcessGroup|Connection (closed|reset)|Timed out waiting", re.IGNORECASE)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -124,7 +130,8 @@ class Trainer:
         self._open_folder(folder)
         window = _Window()
         while self.step < train.steps:
-            self._one_step(window)
+            with self._peers_watched(f"step {self.step + 1}"):
+                self._one_step(window)
             if self.step % train.log_every == 0 or self.step == train.steps:
                 line = self._metrics(window)
                 self._append(folder / "metrics.jsonl", line)
@@ -134,11 +141,22 @@ class Trainer:
                 before = time.perf_counter()
                 self._save(folder)
                 window.started += time.perf_counter() - before  # a save is no training
-        summary = self._summary()
+        with self._peers_watched("the evaluation"):
+            summary = self._summary()
         if self.rank == 0:
             with whole_file(folder / "summary.json") as beside:
                 beside.write_text(json.dumps(summary, indent=1) + "\n")
         return summary
+
+    @contextmanager
+    def _peers_watched(self, where: str) -> Iterator[None]:
+        """Turn a collective that failed outside of the MoE layers, which watch their own, into a Fault."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, Fault) or not _BACKENDS.search(str(error)):
+                raise
+            raise lost_peer(error, self.group, "dp", where) from error
 
     def _one_step(self, window: _Window) -> None:
         train = self.config.train

@@ -15,6 +15,16 @@ from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
 
 
+def lost_peer(error: RuntimeError, group: dist.ProcessGroup, axis: str, where: str) -> Fault:
+    """The fault that a failed collective is: who noticed it, in which group, during what."""
+    words = str(error).splitlines()[0][:160]
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    return Fault(
+        f"rank {rank} of {size} in group {axis}: {where} did not finish ({words}); a peer died or hangs, look at the "
+        "first rank that failed"
+    )
+
+
 class Transport(Protocol):
     """Moves rows between the ranks of one expert-parallel group."""
 
@@ -72,11 +82,7 @@ class Collective:
         try:
             dist.all_to_all_single(out, given.contiguous(), recv, send, group=self.group)
         except RuntimeError as error:
-            words = str(error).splitlines()[0][:160]
-            raise Fault(
-                f"rank {self.rank} of {self.size} in group ep: {where} did not finish ({words}); a peer died or hangs, "
-                "look at the first rank that failed"
-            ) from error
+            raise lost_peer(error, self.group, "ep", where) from error
 
 
 @dataclass(frozen=True)

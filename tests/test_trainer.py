@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 from checkpoint_tools.source import open_source
 from ep_engine.checkpoint import read_manifest
 from ep_engine.collaboration import Profile
+from ep_engine.config import RunConfig
 from ep_engine.errors import Fault
+from ep_engine.mesh import World
+from ep_engine.resolve import resolve
+from ep_engine.tokens import TokenFile
+from ep_engine.trainer import train
 from tests.distributed import run_ranks
 from tests.run_cases import losses, moe_model, small_run, train_here, write_text
 
@@ -153,6 +159,33 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(fo
     assert checkpoints
     assert all(tensor.isfinite().all() for tensor in open_source(checkpoints[0]).tensors.values())
     assert not (config.output.folder / "summary.json").exists()
+
+
+class DyingTokens(TokenFile):
+    """Text whose reader is gone on its third batch."""
+
+    reads = 0
+
+    def read(self, start: int, count: int) -> Any:
+        self.reads += 1
+        if self.reads > 2 * 4:  # rows of a rank's batch
+            os._exit(0)  # without a word, and so that only what the others do counts
+        return super().read(start, count)
+
+
+def test_a_rank_that_dies_is_a_fault_on_the_others(folder: Path) -> None:
+    config = small_run(folder, "dying", train={"steps": 6})
+    run_ranks(_lose_a_rank, config, folder, world_size=2)
+    assert (folder / "sentence").read_text().startswith("rank 0 of 2 in group dp: step 3 did not finish (")
+
+
+def _lose_a_rank(rank: int, world_size: int, config: RunConfig, folder: Path) -> None:
+    run = resolve(config, world_size)
+    if rank == 1:
+        train(replace(run, train=DyingTokens(config.data.train)), World(rank=rank, size=world_size))
+    with pytest.raises(Fault, match="a peer died or hangs, look at the first rank that failed") as caught:
+        train(run, World(rank=rank, size=world_size))
+    (folder / "sentence").write_text(str(caught.value))
 
 
 def test_a_full_disk_during_a_save_keeps_the_checkpoint_before(folder: Path) -> None:
