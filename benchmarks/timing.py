@@ -1,7 +1,6 @@
 """Times calls side by side: warm-up, then the candidates in turn, medians and spread."""
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ep_engine.machine import describe_machine
 
 
 def time_in_turn(
@@ -42,8 +43,7 @@ def write_results(path: Path | None, question: str, setting: dict[str, Any], res
         "question": question,
         "setting": setting,
         "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
+            "processor": describe_machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -56,11 +56,3 @@ def write_results(path: Path | None, question: str, setting: dict[str, Any], res
     print(text)  # noqa: T201
     if path is not None:
         path.write_text(text + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -156,12 +156,23 @@ def save(
                 _save_words(Path(where[0]), config, sums, training or {}, source)
     except Exception as caught:
         error = caught
+    error = _first_error(error, group)
     if context is not None:
         _close(context, error, folder)
     elif error is not None:
         raise _save_fault(folder, error)
     if group is not None:
         dist.barrier(group)
+
+
+def _first_error(error: Exception | None, group: dist.ProcessGroup | None) -> Exception | None:
+    """Whether any rank failed: all must know before the leader gives the folder its name. The own error comes first."""
+    if group is None:
+        return error
+    words: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(words, None if error is None else str(error), group=group)
+    others = [word for word in words if word is not None]
+    return error or (Fault(others[0]) if others else None)
 
 
 def _close(context: Any, error: Exception | None, folder: Path) -> None:

@@ -74,6 +74,12 @@ class DataSection(_Section):
     heldout_batches: int = Field(16, ge=1)
     """batches of one evaluation"""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.heldout is None and "heldout_batches" in differing(self):
+            raise ValueError("data.heldout_batches has no effect without data.heldout; set that too, or leave it out")
+        return self
+
 
 class TrainSection(_Section):
     """How long, and with what optimiser (AdamW, cosine schedule)."""

@@ -19,7 +19,6 @@ class Evaluation:
     loss: float  # nats per token
     num_tokens: int
     changed_share: float | None  # tokens per layer whose experts are not those of plain top-k; None: dense
-    load: list[list[float]]  # [L][E]: share of all routed copies
 
 
 @torch.no_grad()
@@ -29,25 +28,19 @@ def evaluate(
     """Mean cross entropy over `batches`, this rank's rows of them; the same on every rank of `group`."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, tokens * layers that changed
-    loads: Tensor | None = None
+    num_layers = 0
     for inputs_BS, targets_BS in batches:
         output = model(inputs_BS.to(device))
         loss = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_BS.to(device).flatten(), reduction="sum")
         sums[0] += loss
         sums[1] += targets_BS.numel()
         sums[2] += sum(changed_tokens(router) for router in output.routers)
-        if output.routers:
-            load_LE = torch.stack([router.load_E for router in output.routers]).double()
-            loads = load_LE if loads is None else loads + load_LE
+        num_layers = len(output.routers)
     model.train()
-    for part in (sums, loads):
-        if part is not None:
-            dist.all_reduce(part, group=group)
+    dist.all_reduce(sums, group=group)
     loss_sum, num_tokens, changed = sums.tolist()
-    if loads is None:
-        return Evaluation(loss_sum / num_tokens, int(num_tokens), None, [])
-    shares: list[list[float]] = (loads / loads.sum(dim=1, keepdim=True)).tolist()
-    return Evaluation(loss_sum / num_tokens, int(num_tokens), changed / (num_tokens * len(shares)), shares)
+    share = changed / (num_tokens * num_layers) if num_layers else None
+    return Evaluation(loss_sum / num_tokens, int(num_tokens), share)
 
 
 def changed_tokens(router: RouterStatistics) -> Tensor:

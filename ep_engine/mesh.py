@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ep_engine import ops
 from ep_engine.errors import UserError
 
 
@@ -35,17 +36,24 @@ class World:
         return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "01010", strict=True)))
 
     def pick_device(self, wanted: str) -> torch.device:
-        """`auto`: a GPU if every rank of the node has one of its own, else the CPU.
+        """`auto`: a GPU if every rank of the node has one of its own and the ops are built for it, else the CPU.
 
         Raises:
-            UserError: `cuda` is wanted and there are fewer GPUs than ranks.
+            UserError: `cuda` is wanted and there are fewer GPUs than ranks, or the ops are built for the CPU alone.
         """
         if wanted == "cuda" and torch.cuda.device_count() < self.local_size:
             raise UserError(
                 f"parallel.device is cuda, but this machine has {torch.cuda.device_count()} GPUs for {self.local_size} "
                 "ranks; start fewer ranks, or set it to cpu"
             )
-        if wanted == "cuda" or (wanted == "auto" and torch.cuda.device_count() >= self.local_size):
+        if wanted == "cuda" and not ops.built_for_cuda():
+            raise UserError(
+                "parallel.device is cuda, but csrc/ was built without it; build it where nvcc is on PATH, or set it to "
+                "cpu"
+            )
+        if wanted == "cuda" or (
+            wanted == "auto" and torch.cuda.device_count() >= self.local_size and ops.built_for_cuda()
+        ):
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")
 

@@ -127,6 +127,11 @@ def count_pairs(ids_TK: Tensor, counts_EE: Tensor) -> None:
     _ops.count_pairs(ids_TK.contiguous(), counts_EE)
 
 
+def built_for_cuda() -> bool:
+    """Whether the ops were built for GPUs: with nvcc at hand and a CUDA build of torch."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("ep_engine::plan_send", "CUDA"))
+
+
 def _scratch_size(num_items: int, num_buckets: int) -> int:
     return -(-num_items // _PLAN_CHUNK) * num_buckets + num_buckets
 

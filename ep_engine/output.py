@@ -20,6 +20,9 @@ def check_output_folder(path: Path, *, overwrite: bool) -> None:
             f"output folder {path} is not empty ({sum(1 for _ in path.iterdir())} entries); "
             "choose another or pass --overwrite"
         )
+    here = Path.cwd()
+    if path.is_dir() and path.resolve() in (here, *here.parents, Path.home()):
+        raise UserError(f"output {path} would replace the folder you are in or your home; name a folder inside it")
 
 
 def check_output_file(path: Path, *, overwrite: bool) -> None:
@@ -48,6 +51,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_output_folder(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had the same number
     beside.mkdir()
     try:
         with reported_disk_errors(path):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ep_engine.errors import UserError
 from ep_engine.model_config import first_sentence
+from ep_engine.ops import MAX_TREE_LEVELS
 from ep_engine.output import whole_file
 
 
@@ -39,6 +40,10 @@ class Placement(BaseModel):
     def _check(self) -> Self:
         if self.devices < 1 or math.prod(self.factors) != self.devices or min(self.factors, default=1) < 1:
             raise ValueError(f"the factors of a placement {self.factors} must multiply to its devices ({self.devices})")
+        if len(self.factors) >= MAX_TREE_LEVELS:
+            raise ValueError(
+                f"the tree of a placement must have fewer than {MAX_TREE_LEVELS} levels, got {self.factors}; merge some"
+            )
         if self.nodes not in _products(self.factors):
             raise ValueError(f"nodes ({self.nodes}) must be a product of leading factors {self.factors}; reorder them")
         if not self.layers:
@@ -59,7 +64,7 @@ class Placement(BaseModel):
 
     @classmethod
     def contiguous(cls, num_experts: int, devices: int, num_layers: int, *, nodes: int = 1) -> Self:
-        """Experts in the order of their ids, on a tree of prime factors below `nodes`: every size that fits cuts it."""
+        """Experts in the order of their ids, on a tree of the prime factors of nodes and of devices per node."""
         if not 1 <= devices <= num_experts:
             raise UserError(
                 f"{num_experts} experts do not fit {devices} devices, each must hold at least one; use fewer devices"
@@ -73,8 +78,10 @@ class Placement(BaseModel):
             device = expert * devices // num_experts
             first = -(-device * num_experts // devices)
             slots[device * per_device + expert - first] = expert
-        factors = (*prime_factors(nodes), *prime_factors(devices // nodes)) or (1,)
-        return cls(devices=devices, nodes=nodes, factors=factors, layers=[slots] * num_layers)
+        factors = [*prime_factors(nodes), *prime_factors(devices // nodes)] or [1]
+        while len(factors) >= MAX_TREE_LEVELS:  # one level is the devices' own
+            factors[-2:] = [factors[-2] * factors[-1]]
+        return cls(devices=devices, nodes=nodes, factors=tuple(factors), layers=[slots] * num_layers)
 
     @property
     def num_experts(self) -> int:

@@ -71,7 +71,7 @@ class Plan:
 def make_plan(ids_TK: Tensor, site: Site, link: Link) -> Plan:
     """Plan the dispatch of this rank's tokens, tell the other ranks the counts, and write the rows into the ledger.
 
-    Reads the counts on the host: the only wait for the device on the way.
+    Reads the counts on the host, which waits for the device.
 
     Args:
         ids_TK: int64 logical expert ids, distinct in a row; T may be 0 and may differ between ranks.

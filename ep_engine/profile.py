@@ -27,10 +27,9 @@ def profile(
     max_tokens: int,
     sequence_length: int,
     seed: int = 0,
-    device: torch.device | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Profile:
-    """Count co-activation over a random sample of windows of a token file, without gradients, in one process.
+    """Count co-activation over a random sample of windows of a token file, without gradients, in one CPU process.
 
     Args:
         folder: engine checkpoint of a MoE model.
@@ -38,7 +37,6 @@ def profile(
         max_tokens: how many tokens, rounded down to whole windows; at least one window.
         sequence_length: S, tokens of a window.
         seed: of the sample.
-        device: where to run; the CPU by default.
         advance: called with the number of tokens done.
 
     Raises:
@@ -54,7 +52,7 @@ def profile(
             f"--sequence-length ({sequence_length}) is longer than the model's positions "
             f"({config.max_position_embeddings}); choose a shorter one"
         )
-    model = load_model(folder, device or torch.device("cpu"))
+    model = load_model(folder, torch.device("cpu"))
     num_windows = max_tokens // sequence_length
     batches = Batches(tokens, sequence_length=sequence_length, batch_size=1, seed=seed)
     if num_windows > batches.num_windows:
@@ -63,11 +61,11 @@ def profile(
             f"{batches.num_windows}; ask for fewer or give more text"
         )
     experts = config.moe.num_experts
-    counts_LEE = torch.zeros(config.num_layers, experts, experts, dtype=torch.int64, device=device)
+    counts_LEE = torch.zeros(config.num_layers, experts, experts, dtype=torch.int64)
     for start in range(0, num_windows, _ROWS):
         windows = range(start, min(start + _ROWS, num_windows))
         inputs_BS = torch.cat([batches.batch(window)[0] for window in windows])
-        for counts_EE, router in zip(counts_LEE, model(inputs_BS.to(device)).routers, strict=True):
+        for counts_EE, router in zip(counts_LEE, model(inputs_BS).routers, strict=True):
             ops.count_pairs(router.ids_TK, counts_EE)
         advance((start + len(windows)) * sequence_length)
     counts = counts_LEE.cpu().numpy()
@@ -77,7 +75,7 @@ def profile(
         "tokens": num_windows * sequence_length,
         "seed": seed,
         "model_hash": _hash_of_model(folder),
-        "corpus_hash": hashlib.sha256(tokens.bin_path.read_bytes()).hexdigest(),
+        "corpus_hash": _hash_of_file(tokens.bin_path),
     }
     return Profile(counts, load, config.moe.top_k, about)
 
@@ -89,6 +87,11 @@ def load_model(folder: Path, device: torch.device) -> Decoder:
     model.to_empty(device=device)
     checkpoint.load(folder, entries_of(model))
     return model.eval()
+
+
+def _hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash_of_model(folder: Path) -> str:

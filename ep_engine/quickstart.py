@@ -5,7 +5,6 @@ text -> dense model -> experts -> trained on two ranks -> profile -> place -> fo
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -29,13 +28,14 @@ from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, make_config, to_toml
 from ep_engine.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
 from ep_engine.errors import Fault
+from ep_engine.machine import describe_machine
 from ep_engine.mesh import World
 from ep_engine.output import check_output_folder, whole_file
 from ep_engine.place import place
 from ep_engine.placement import Placement
 from ep_engine.profile import profile
 from ep_engine.progress import bar
-from ep_engine.report import CAPTION, COLUMNS, table_rows, write_report
+from ep_engine.report import BYTE_COLUMNS, CAPTION, COLUMNS, byte_rows, table_rows, write_report
 from ep_engine.resolve import resolve
 from ep_engine.tokens import TokenFile, unigram_entropy
 from ep_engine.trainer import train
@@ -130,7 +130,8 @@ def quickstart(out: Path, sizes: Sizes | None = None, *, overwrite: bool = False
         "arms": arms,
         "generated": generated,
         "ranks": NUM_RANKS,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "machine": f"{describe_machine()}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
         "seconds": time.perf_counter() - progress.started,
         "peak_gib": progress.peak_bytes / 2**30,
     }
@@ -284,13 +285,15 @@ def generate(folder: Path, prompt: str, new_tokens: int = 24) -> str:
 
 
 def print_table(summary: dict[str, Any], console: Console) -> None:
-    """The closing table."""
-    table = Table(*COLUMNS, box=SIMPLE, caption=CAPTION, caption_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in table_rows(summary["arms"]):
-        table.add_row(*row)
-    console.print(table)
+    """The closing table, and where the bytes go."""
+    arms = summary["arms"]
+    for columns, rows, caption in ((COLUMNS, table_rows(arms), CAPTION), (BYTE_COLUMNS, byte_rows(arms), None)):
+        table = Table(*columns, box=SIMPLE, caption=caption, caption_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
 
 
 def _figures(run: dict[str, Any]) -> dict[str, Any]:
@@ -298,6 +301,7 @@ def _figures(run: dict[str, Any]) -> dict[str, Any]:
     ledger = run["ledger"]
     by_direction = dict(ledger["bytes_per_token"])
     return {
+        "device": run["device"],
         "heldout_loss": run["heldout_loss"],
         "bytes_per_token": by_direction.pop("total"),
         "devices_per_token": ledger["devices_per_token"],

@@ -22,6 +22,7 @@ from ep_engine.output import whole_file
 from ep_engine.placement import Placement
 
 COLUMNS = ("arm", "held-out loss", "bytes", "devices", "load", "tokens/s", "changed")
+BYTE_COLUMNS = ("bytes", *(direction.replace("_", " ") for direction in DIRECTIONS))
 CAPTION = (
     "Per token: bytes that left a rank, over all layers and both directions, forward and backward; distinct devices. "
     "Load: the busiest expert over the mean. Changed: tokens whose experts are not those of plain top-k."
@@ -48,6 +49,12 @@ def table_rows(arms: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
         )
         for name, arm in arms.items()
     ]
+
+
+def byte_rows(arms: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Where the bytes of each arm go: a row for each arm, under `BYTE_COLUMNS`."""
+    directions = [[arm["bytes_by_direction"][direction] for direction in DIRECTIONS] for arm in arms.values()]
+    return [(name, *(f"{value:.0f}" for value in values)) for name, values in zip(arms, directions, strict=True)]
 
 
 def write_report(
@@ -90,8 +97,9 @@ def write_report(
         f"{dense['unigram_entropy']:.4f}. Four ways to route from one checkpoint on {summary['ranks']} ranks, "
         f"{summary['seconds']:.0f} s and {summary['peak_gib']:.1f} GiB in all, on "
         f"{html.escape(summary['machine'])}.</p>",
-        _table(summary["arms"]),
+        _table(COLUMNS, table_rows(summary["arms"])),
         f"<p>{CAPTION}</p>",
+        _table(BYTE_COLUMNS, byte_rows(summary["arms"])),
         *(f"<figure><img alt='' src='{_inline(f)}'><figcaption>{text}</figcaption></figure>" for text, f in figures),
         "<details><summary>summary.json</summary><pre>",
         html.escape(json.dumps(summary, indent=1)),
@@ -182,10 +190,10 @@ def draw_bytes_by_layer(arms: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def _table(arms: dict[str, dict[str, Any]]) -> str:
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
-    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in table_rows(arms))
-    return f"<table><tr>{head}</tr>{rows}</table>"
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    head = "".join(f"<th>{column}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _inline(figure: Figure) -> str:

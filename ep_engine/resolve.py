@@ -10,7 +10,8 @@ from ep_engine.checkpoint import newest, read_manifest, tokenizer_folder
 from ep_engine.collaboration import collaboration_lists, read_profile
 from ep_engine.config import RunConfig, differing
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig, RoutingConfig, first_sentence, read_model_config
+from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence, read_model_config
+from ep_engine.ops import MAX_TOP_K
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
 from ep_engine.tokens import Batches, TokenFile, heldout_batches
@@ -93,10 +94,6 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
 def _check_apart(config: RunConfig) -> None:
     """The run folder is emptied before the first step: nothing that is read may lie in it."""
     folder = config.output.folder.resolve()
-    if folder in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(
-            f"output.folder {config.output.folder} would replace the folder you are in; name a folder inside it"
-        )
     for section, name in _INPUTS:
         path = getattr(getattr(config, section), name)
         if path is not None and folder in (path.resolve(), *path.resolve().parents):
@@ -146,9 +143,13 @@ def _token_ids(tokenizer: Path | None) -> dict[str, int | None]:
     folder = tokenizer_folder(tokenizer)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return {}
-    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    try:
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+        config = folder / "tokenizer_config.json"
+        names = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer folder {folder} cannot be read ({error}); write it again") from None
     id_of = {token["content"]: token["id"] for token in added}
-    names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     tokens = {kind: names.get(f"{kind}_token") for kind in ("bos", "eos", "pad")}
     contents = {kind: token["content"] if isinstance(token, dict) else token for kind, token in tokens.items()}
     return {f"{kind}_token_id": id_of.get(content) for kind, content in contents.items()}
@@ -161,8 +162,12 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
         if ep_size > 1 or asked:
             what = f"[{asked[0]}]" if asked else f"parallel.expert_parallel_size ({ep_size})"
             raise UserError(f"{what} needs a model with experts, this one is dense; split it first")
+        if "load_balance" in differing(config.train):
+            raise UserError("train.load_balance has no effect on a dense model; leave it out, or split the model first")
         return None
     num_experts = model.moe.num_experts
+    if model.moe.top_k > MAX_TOP_K:
+        raise UserError(f"moe.top_k of the model ({model.moe.top_k}) must be at most {MAX_TOP_K}; choose fewer experts")
     if ep_size > num_experts:
         raise UserError(
             f"parallel.expert_parallel_size ({ep_size}) is larger than the model's number of experts ({num_experts}): "
@@ -191,6 +196,7 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
     if unread:
         raise UserError(f"routing.{unread[0]} has no effect on routing.rule {routing.rule}; leave it out")
     if routing.rule is None:
+        _check_groups(model.moe, placement, config.parallel.expert_parallel_size)
         return model
     tables = RoutingConfig(rule=routing.rule)
     if routing.rule != "topk":
@@ -220,6 +226,18 @@ def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) 
         return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
+
+
+def _check_groups(moe: MoEConfig, placement: Placement, ep_size: int) -> None:
+    """The groups that a c2r_grouped model was trained with must each lie on one rank, or M would bound nothing."""
+    slots_per_rank = placement.cut(ep_size).slots_per_rank
+    for layer, device_of_expert in enumerate(moe.routing.device_of_expert or []):
+        ranks = [slot // slots_per_rank for slot in placement.slot_of_expert(layer)]
+        if len(set(zip(device_of_expert, ranks, strict=True))) > len(set(device_of_expert)):
+            raise UserError(
+                f"the model's rule is c2r_grouped, and its devices {device_of_expert} of layer {layer} are torn apart "
+                f"by ranks {ranks}; set moe.placement to the one it was trained with, or set routing.rule"
+            )
 
 
 def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:

@@ -48,7 +48,8 @@ class C2R:
         top_t: T, how many of a row are candidates, in K-1..E-1; None: all but i itself.
 
     Raises:
-        UserError: T outside K-1..E-1, or longer than the lists.
+        UserError: T outside K-1..E-1, or longer than the lists; a row that names an expert twice, one that is not
+            there, or the row's own among the first T.
     """
 
     def __init__(self, top_k: int, lists: Sequence[Sequence[int]] | Tensor, top_t: int | None = None) -> None:
@@ -62,6 +63,7 @@ class C2R:
                 f"routing.top_t ({self.top_t}) must be in k-1..E-1 = {top_k - 1}..{num_experts - 1} and lists of "
                 f"{length} must be as long; choose it there"
             )
+        _check_lists(table_EN, self.top_t)
         self._lists_EN = table_EN
         allowed_EE = torch.zeros(num_experts, num_experts, dtype=torch.bool, device="cpu")
         self._allowed_EE = allowed_EE.scatter_(1, table_EN[:, : self.top_t], True)
@@ -136,6 +138,16 @@ class C2RGrouped(C2R):
         first_met_TD = first_met_TD.scatter_reduce(1, device_TE, place_E, reduce="amin")
         last_T1 = first_met_TD.sort(dim=1).values[:, self.max_devices - 1 : self.max_devices]
         return first_met_TD[:, self._device_E] <= last_T1
+
+
+def _check_lists(table_EN: Tensor, top_t: int) -> None:
+    num_experts = len(table_EN)
+    for expert, row in enumerate(table_EN.tolist()):
+        if len(set(row)) < len(row) or not set(row) <= set(range(num_experts)) or expert in row[:top_t]:
+            raise UserError(
+                f"collaboration list of expert {expert} must name others of the {num_experts} experts, each once, got "
+                f"{row[:8]}{'...' if len(row) > 8 else ''}; write it again with `ep-engine profile`"
+            )
 
 
 def _order(scores_TE: Tensor) -> Tensor:

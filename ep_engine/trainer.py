@@ -3,7 +3,9 @@
 FOLDER/run.toml                  what was asked, with the layout and the versions as comments
 FOLDER/metrics.jsonl             a line every `train.log_every` steps
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
-FOLDER/summary.json              written last: the figures of the whole run
+FOLDER/summary.json              written last: the figures of the run since `first_step`
+
+A resumed run writes run.from-STEP.toml beside run.toml, and drops the metrics of the steps that it does again.
 """
 
 import json
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from ep_engine import checkpoint
 from ep_engine.config import RunConfig, to_toml
-from ep_engine.errors import Fault
+from ep_engine.errors import Fault, UserError
 from ep_engine.evaluate import Evaluation, evaluate
 from ep_engine.initial import initialise
 from ep_engine.ledger import Ledger
@@ -101,7 +103,7 @@ class Trainer:
             one_row_per_copy=self.config.moe.combine == "per_expert",
         )
         self.optimizer = make_optimizer(self.model, self.config.train)
-        self.step = self._load()
+        self.step = self.first_step = self._load()
         data, train = self.config.data, self.config.train
         self.batches = Batches(
             run.train, sequence_length=data.sequence_length, batch_size=data.batch_size, seed=train.seed
@@ -139,7 +141,8 @@ class Trainer:
                 window = _Window()
             if self.step == train.steps or (train.save_every and self.step % train.save_every == 0):
                 before = time.perf_counter()
-                self._save(folder)
+                with self._peers_watched(f"the save at step {self.step}"):
+                    self._save(folder)
                 window.started += time.perf_counter() - before  # a save is no training
         with self._peers_watched("the evaluation"):
             summary = self._summary()
@@ -160,7 +163,10 @@ class Trainer:
 
     def _one_step(self, window: _Window) -> None:
         train = self.config.train
-        inputs_BS, targets_BS = self.batches.batch(self.step, self.rank, self.num_ranks)
+        try:
+            inputs_BS, targets_BS = self.batches.batch(self.step, self.rank, self.num_ranks)
+        except UserError as error:  # text that only this rank has read: not said before the start, nor by all
+            raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
         output = self.model(inputs_BS.to(self.device))
         # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
         targets_T = targets_BS.to(self.device).flatten()
@@ -221,6 +227,7 @@ class Trainer:
         # The first window pays for warm-up, where there is more than one.
         speeds = self.speeds[1:] or self.speeds
         summary: dict[str, Any] = {
+            "first_step": self.first_step,
             "steps": self.step,
             "ranks": self.num_ranks,
             "device": str(self.device),
@@ -281,13 +288,24 @@ class Trainer:
         self.last_saved = path
 
     def _open_folder(self, folder: Path) -> None:
-        if self.rank == 0 and self.run.resume is None:
-            if folder.exists():
-                shutil.rmtree(folder)  # `resolve` asked whether that is wanted
-            folder.mkdir(parents=True)
+        if self.rank == 0:
+            name = "run.toml"
+            if self.run.resume is None:
+                if folder.exists():
+                    shutil.rmtree(folder)  # `resolve` asked whether that is wanted
+                folder.mkdir(parents=True)
+            else:
+                name = f"run.from-{self.step}.toml"
+                self._forget_later_steps(folder / "metrics.jsonl")
             layout = f"# {self.num_ranks} ranks on {self.device.type}, torch {torch.__version__}\n"
-            (folder / "run.toml").write_text(layout + to_toml(self.config))
+            (folder / name).write_text(layout + to_toml(self.config), encoding="utf-8")
         dist.barrier(self.group)
+
+    def _forget_later_steps(self, metrics: Path) -> None:
+        """Drop the lines of steps that this run does again."""
+        if metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            metrics.write_text("".join(f"{line}\n" for line in lines))
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         if self.rank == 0:

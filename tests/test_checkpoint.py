@@ -93,17 +93,33 @@ def _load_other(rank: int, world_size: int, source: Path) -> None:
             checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
 
 
-def test_a_disk_that_fails_on_one_rank_is_a_fault_on_all(source: Path, tmp_path: Path) -> None:
-    run_ranks(_fill_the_disk_of_rank_1, source, tmp_path / "again", world_size=2)
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_fails_on_one_rank_is_a_fault_on_all(full: int, source: Path, tmp_path: Path) -> None:
+    run_ranks(_fill_the_disk, source, tmp_path / "again", full, world_size=2)
     assert list(tmp_path.iterdir()) == []
 
 
-def _fill_the_disk_of_rank_1(rank: int, world_size: int, source: Path, out: Path) -> None:
+def test_words_that_the_leader_cannot_write_are_a_fault_on_all(source: Path, tmp_path: Path) -> None:
+    run_ranks(_leave_the_leader_without_words, source, tmp_path / "again", world_size=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _leave_the_leader_without_words(rank: int, world_size: int, source: Path, out: Path) -> None:
     with process_groups(World(rank=rank, size=world_size), CPU, 2, 60.0) as meshes:
         config = read_model_config(source / "model.json")
         model, _ = build(config, placements(2)["by id"], meshes, device=CPU, dtype=torch.float32)
         checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
-        if rank == 1:
+        no_json = {"step": {1, 2}}
+        with pytest.raises(Fault, match="not JSON serializable"):
+            checkpoint.save(out, config, entries_of(model), training=no_json, group=dist.group.WORLD)
+
+
+def _fill_the_disk(rank: int, world_size: int, source: Path, out: Path, full: int) -> None:
+    with process_groups(World(rank=rank, size=world_size), CPU, 2, 60.0) as meshes:
+        config = read_model_config(source / "model.json")
+        model, _ = build(config, placements(2)["by id"], meshes, device=CPU, dtype=torch.float32)
+        checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
+        if rank == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
         with pytest.raises(Fault, match="no room to write"):
             checkpoint.save(out, config, entries_of(model), group=dist.group.WORLD)

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    "errors", "output", "progress", "checksum", "model_config", "config",  # foundations
-    "placement", "ledger", "ops", "reference", "transport",  # what the data path stands on
+    "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
+    "ops", "placement", "ledger", "reference", "transport",  # what the data path stands on
     "router", "plan", "dispatch", "experts", "combine",  # the data path
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "checkpoint", "initial", "collaboration",  # what it reads and writes

@@ -1,4 +1,7 @@
-"""The CUDA ops against the CPU ops, and one capture of a layer in a CUDA graph. Run under compute-sanitizer as well."""
+"""The CUDA ops against the CPU ops, and a capture of plan, gather and combine in a CUDA graph.
+
+Under the sanitizer: compute-sanitizer --tool memcheck python -m pytest -m gpu tests/test_ops_gpu.py
+"""
 
 from collections.abc import Callable
 

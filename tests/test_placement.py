@@ -124,6 +124,12 @@ def test_size_that_is_no_cut_is_refused(ep_size: int) -> None:
         placement.cut(ep_size)
 
 
+def test_a_tree_of_many_devices_is_no_deeper_than_the_op_that_sums_along_it() -> None:
+    placement = Placement.contiguous(256, 256, 1)
+    assert placement.factors == (2, 2, 2, 2, 2, 2, 4)
+    assert len(placement.cut(1).group_sizes_of_slots) == 8
+
+
 def test_every_size_is_offered_once() -> None:
     with pytest.raises(UserError, match="use one of 1, or place for 2 devices"):
         Placement.contiguous(8, 1, 1).cut(2)

@@ -18,7 +18,9 @@ from PIL import Image
 from ep_engine.ledger import DIRECTIONS
 from ep_engine.placement import Placement
 from ep_engine.report import (
+    BYTE_COLUMNS,
     COLUMNS,
+    byte_rows,
     draw_bytes,
     draw_bytes_by_layer,
     draw_coactivation,
@@ -137,7 +139,8 @@ def test_no_figure_stays_open(text: str, tmp_path: Path) -> None:
 
 
 def test_page_holds_the_numbers_of_the_table(page: Page) -> None:
-    assert page.cells == [list(COLUMNS), *(list(row) for row in table_rows(ARMS))]
+    tables = [COLUMNS, *table_rows(ARMS), BYTE_COLUMNS, *byte_rows(ARMS)]
+    assert page.cells == [list(row) for row in tables]
 
 
 def test_table_by_hand() -> None:

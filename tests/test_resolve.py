@@ -67,6 +67,7 @@ def test_placement_of_more_devices_than_ranks_is_cut(files: Path, tmp_path: Path
 def test_heldout_text_may_be_left_out(files: Path, tmp_path: Path) -> None:
     path = write_run(files, tmp_path)
     drop_key(path, "heldout")
+    drop_key(path, "heldout_batches")
     assert resolve(load_config(path), 1).heldout is None
 
 

@@ -189,6 +189,27 @@ def test_placement_that_lacks_an_expert_in_one_layer_is_refused(files: Path, tmp
     refuse(files, tmp_path, "layer", "moe.placement={out}/p.json")
 
 
+def test_a_grouped_model_keeps_its_groups_on_one_rank(files: Path, tmp_path: Path) -> None:
+    """Its rule bounds the devices of a token only where a device of its training is part of a rank."""
+    placed = (*GROUPED, "moe.placement={files}/placement2.json")
+    trained = resolve_run(files, tmp_path, *placed).model
+    shutil.copytree(files / "moe", tmp_path / "grouped")
+    (tmp_path / "grouped" / "model.json").write_text(trained.model_dump_json())
+    model = "model.checkpoint={out}/grouped"
+    for fits in ((), ("parallel.expert_parallel_size=2",)):  # by id, as it was placed
+        assert resolve_run(files, tmp_path, model, *fits, world_size=2).model == trained
+    slots = [[0, 1, 2, 7, 4, 5, 6, 3]] * 2
+    (tmp_path / "p.json").write_text(json.dumps({"devices": 2, "factors": [2], "layers": slots}))
+    torn = (model, "moe.placement={out}/p.json", "parallel.expert_parallel_size=2")
+    refuse(files, tmp_path, "rule is c2r_grouped, .* torn apart by ranks", *torn, world_size=2)
+
+
+def test_more_experts_per_token_than_the_plan_sorts_is_refused(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "moe", tmp_path / "many")
+    edit_json(tmp_path / "many" / "model.json", lambda model: model["moe"].update(num_experts=48, top_k=40))
+    refuse(files, tmp_path, r"moe\.top_k of the model \(40\) must be at most 32", "model.checkpoint={out}/many")
+
+
 UNREAD = {
     "topk and T": ("routing.rule=topk", "routing.top_t=3"),
     "topk and a profile": ("routing.rule=topk", "routing.profile={files}/profile.npz"),

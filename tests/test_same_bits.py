@@ -33,7 +33,7 @@ class Counting(Collective):
 
 ROUTINGS = {
     "learned": None,
-    "all to one rank": torch.tensor([[0, 1, 2]] * T),
+    "all to one rank": torch.tensor([[6, 0, 3]] * T),  # the experts of the first device
     "expert 9 idle": torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(i))[:3] for i in range(T)]),
 }
 
@@ -61,6 +61,7 @@ def run_layer(rank: int, world_size: int, dtype: torch.dtype, routing: str, mode
         "grad_x": x.grad,
         "grad_weights": weights[0],
         "experts": {e: [p.grad[row] for p in layer.experts.parameters()] for row, e in enumerate(here) if e >= 0},
+        "arrived": layer.experts.w_up.grad.abs().sum().item() > 0,
         "ledger": layer.link.ledger.gathered(dist.group.WORLD if world_size > 1 else None).to_json(),
         "received": getattr(transport, "bytes_from_others", {}),
     }
@@ -88,7 +89,9 @@ def test_one_two_and_four_ranks_give_the_same_bits(dtype: torch.dtype, routing: 
     one, _ = results(tmp_path, 1)
     assert one["y"].abs().max() > 0.1
     for world_size in (2, 4):
-        other, _ = results(tmp_path, world_size)
+        other, parts = results(tmp_path, world_size)
+        if routing == "all to one rank":
+            assert [part["arrived"] for part in parts] == [True] + [False] * (world_size - 1)
         for name in ("y", "grad_x", "grad_weights"):
             assert torch.equal(one[name], other[name]), (world_size, name)
         assert one["experts"].keys() == other["experts"].keys() == set(range(E))

@@ -147,7 +147,9 @@ def test_resuming_in_another_layout_goes_on_with_the_same_losses(folder: Path) -
         folder, "moved", **moe_sections(folder, parallel=parallel), train={"steps": 8}, output={"resume": True}
     )
     run_ranks(_train, config, world_size=4)
-    assert losses(config)[-4:] == pytest.approx(losses(whole)[-4:], rel=1e-5)
+    assert losses(config) == pytest.approx(losses(whole), rel=1e-5)  # every step once
+    assert json.loads((folder / "moved/summary.json").read_text())["first_step"] == 4
+    assert sorted(path.name for path in (folder / "moved").glob("*.toml")) == ["run.from-4.toml", "run.toml"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(folder: Path) -> None:

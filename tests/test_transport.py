@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
 from ep_engine.transport import Collective, Link
-from tests.distributed import RankFailed, run_ranks
+from tests.distributed import run_ranks
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -33,8 +33,7 @@ def _check_order(rank: int, world_size: int) -> None:
 
 
 def test_a_dead_peer_is_a_fault_that_names_rank_layer_and_direction() -> None:
-    with pytest.raises(RankFailed, match=r"(?s)died of SIGKILL|rank 0 of 2 in group ep: combine of layer 7"):
-        run_ranks(_lose_a_peer)
+    run_ranks(_lose_a_peer)
 
 
 def _lose_a_peer(rank: int, world_size: int) -> None:
@@ -42,8 +41,7 @@ def _lose_a_peer(rank: int, world_size: int) -> None:
     rows = torch.ones(2, 4)
     link.exchange(rows, [1, 1], [1, 1], "dispatch")
     if rank == 1:
-        time.sleep(1)
-        os.kill(os.getpid(), 9)
+        os._exit(0)  # without a word, and so that only what the other does counts
     with pytest.raises(Fault, match=r"rank 0 of 2 in group ep: combine of layer 7 did not finish .*; a peer died"):
         link.exchange(rows, [1, 1], [1, 1], "combine")
 
