@@ -1,5 +1,6 @@
 """The README is true: its table is the configuration's, and the files and commands it names are there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from ep_engine.cli import app
 from ep_engine.config import config_table
+from ep_engine.report import table_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,6 +33,12 @@ def test_links_lead_to_files(link: str) -> None:
 def test_commands_are_known() -> None:
     known = {command.name for command in app.registered_commands}
     assert set(re.findall(r"ep-engine (\w+)", README)) <= known
+
+
+def test_the_table_is_that_of_the_measured_run() -> None:
+    arms = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())["arms"]
+    for row in table_rows(arms):
+        assert f"| {' | '.join(row)} |" in README
 
 
 def test_the_first_screen_has_the_two_commands_and_a_measured_table() -> None:
