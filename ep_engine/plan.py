@@ -89,10 +89,10 @@ def make_plan(ids_TK: Tensor, site: Site, link: Link) -> Plan:
         one_row_per_copy=site.one_row_per_copy,
     )
     rows_from_rank_P = link.exchange_counts(sent.rows_per_rank_P)
-    copies_P, visits_P = _other_protocols(ids_TK, slot_of_expert_E, site)
-    counts = torch.stack((sent.rows_per_rank_P, rows_from_rank_P, copies_P, visits_P)).tolist()
-    send_rows, recv_rows, copies, visits = counts
-    link.ledger.record_rows(link.layer, num_tokens, sent=send_rows, plain=copies, dedup=visits)
+    other_P = _rows_of_other_protocol(ids_TK, slot_of_expert_E, site)
+    send_rows, recv_rows, other = torch.stack((sent.rows_per_rank_P, rows_from_rank_P, other_P)).tolist()
+    plain, dedup = (send_rows, other) if site.one_row_per_copy else (other, send_rows)
+    link.ledger.record_rows(link.layer, num_tokens, sent=send_rows, plain=plain, dedup=dedup)
     num_rows = sum(send_rows)
     return Plan(
         site=site,
@@ -109,9 +109,12 @@ def make_plan(ids_TK: Tensor, site: Site, link: Link) -> Plan:
     )
 
 
-def _other_protocols(ids_TK: Tensor, slot_of_expert_E: Tensor, site: Site) -> tuple[Tensor, Tensor]:
-    """Rows to every rank, (P,) int32, if each copy travelled by itself, and if each token went to a rank once."""
-    rank_TK = slot_of_expert_E[ids_TK] // site.slots_per_rank
-    names_rank_TKP = rank_TK.unsqueeze(2) == torch.arange(site.cut.ep_size, device=ids_TK.device)
-    copies_P = names_rank_TKP.sum(dim=(0, 1), dtype=torch.int32)
-    return copies_P, names_rank_TKP.any(dim=1).sum(dim=0, dtype=torch.int32)
+def _rows_of_other_protocol(ids_TK: Tensor, slot_of_expert_E: Tensor, site: Site) -> Tensor:
+    """Rows to every rank, (P,) int32, under the protocol that is not in use: per token and rank, or per copy."""
+    rank_TK = (slot_of_expert_E[ids_TK] // site.slots_per_rank).long()
+    if not site.one_row_per_copy:
+        ranks_N = rank_TK.reshape(-1)
+        rows_P = torch.zeros(site.cut.ep_size, dtype=torch.int32, device=ids_TK.device)
+        return rows_P.scatter_add_(0, ranks_N, torch.ones_like(ranks_N, dtype=torch.int32))
+    visited_TP = torch.zeros(len(ids_TK), site.cut.ep_size, dtype=torch.bool, device=ids_TK.device)
+    return visited_TP.scatter_(1, rank_TK, True).sum(dim=0, dtype=torch.int32)

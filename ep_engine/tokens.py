@@ -120,23 +120,14 @@ class TokenFile:
             _check_ids(ids, self._vocab_size, f"token file {self.bin_path}", start)
         return ids
 
-    def check_ids(self, vocab_size: int) -> None:
-        """UserError if any id lies outside [0, vocab_size). Reads the whole file once, 1 Mi tokens at a time."""
-        for _ in self._scan(vocab_size):
-            pass
-
     def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
         """Count how often each id occurs: (vocab_size,) int64. UserError if an id lies outside [0, vocab_size)."""
         counts = np.zeros(vocab_size, dtype=np.int64)
-        for ids in self._scan(vocab_size):
-            counts += np.bincount(ids, minlength=vocab_size)
-        return counts
-
-    def _scan(self, vocab_size: int) -> Iterator[NDArray[np.int64]]:
         for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
             ids = self.read(start, min(_TOKENS_PER_SCAN, self.num_tokens - start))
             _check_ids(ids, vocab_size, f"token file {self.bin_path}", start)
-            yield ids
+            counts += np.bincount(ids, minlength=vocab_size)
+        return counts
 
 
 class Batches:
