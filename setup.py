@@ -17,8 +17,9 @@ CSRC = Path("csrc")
 def extension() -> object:
     with_cuda = torch.version.cuda is not None and CUDA_HOME is not None
     sources = sorted(str(path) for folder in ("cpu", "bindings") for path in (CSRC / folder).glob("*.cpp"))
-    # No contraction to fused multiply-adds: a sum then has the same bits on every processor.
-    cxx = ["-std=c++20", "-O3", "-Wall", "-ffp-contract=off", TORCH_TARGET]
+    # No contraction to fused multiply-adds: a sum then has the same bits on every processor. No floating-point traps:
+    # a choice between two values may then be computed without a branch.
+    cxx = ["-std=c++20", "-O3", "-Wall", "-ffp-contract=off", "-fno-trapping-math", TORCH_TARGET]
     folders = [str(CSRC.resolve())]
     if not with_cuda:
         return CppExtension("ep_engine._C", sources, include_dirs=folders, extra_compile_args={"cxx": cxx})

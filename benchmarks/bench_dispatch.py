@@ -18,7 +18,7 @@ from ep_engine.combine import combine
 from ep_engine.dispatch import dispatch
 from ep_engine.ledger import Ledger
 from ep_engine.placement import Placement
-from ep_engine.plan import Site, make_plan
+from ep_engine.plan import Site, make_plan, record, way_to
 from ep_engine.transport import Collective, Link
 
 
@@ -31,11 +31,13 @@ def there_and_back(link: Link, site: Site, tokens: int, hidden: int, top_k: int)
     weights.requires_grad_()
     grad = torch.randn(tokens, hidden, generator=generator)
 
+    way = way_to(site, (link,))
+
     def call() -> None:
         dist.barrier()
-        plan = make_plan(ids, site, link)
-        arrival = dispatch(x, weights, plan, link)
-        combine(arrival.x_ND, weights, arrival, plan, link).backward(grad)
+        arrival = dispatch(x, weights, make_plan(ids, way[0]), way)
+        record(ids, site, arrival.plans)
+        combine(arrival.rows_RD, arrival).backward(grad)
         dist.barrier()
 
     return call

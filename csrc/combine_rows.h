@@ -1,5 +1,4 @@
 // combine_rows: out[r] = sum over c of weight[r, c] * y[index[r, c]], summed along a tree.
-// combine_rows_weight_grad: grad_weight[r, c] = <grad_out[r], y[index[r, c]]>, accumulated in float.
 //
 // The tree makes the sum independent of how it is cut into ranks. leaf[r, c] is the place of a copy; at level
 // l copies whose leaf / group_sizes[l] is equal are in one group. A group sums its children in their order in
@@ -19,39 +18,29 @@ namespace ep {
 constexpr int kMaxTreeLevels = 8;
 
 struct CombineRowsArgs {
-  const void* y;         // [any, dim], rows contiguous
+  const void* y;         // [any, dim]
   const int32_t* index;  // [num_rows, num_columns], rows of y, then -1
   const int32_t* leaf;   // [num_rows, num_columns], ascending, then -1
   const float* weight;   // [num_rows, num_columns], or null for 1
-  void* out;             // [num_rows, dim], contiguous; 0 where a row has no copy
+  void* out;             // [num_rows, dim]; 0 where a row has no copy
   int64_t num_rows;      // may be 0
   int64_t num_columns;
   int64_t dim;
+  int64_t y_stride;                     // elements from one row to the next
+  int64_t out_stride;                   // likewise
   int64_t group_sizes[kMaxTreeLevels];  // leaves of a group, innermost level first, each a multiple of the
                                         // one before
   int num_levels;                       // in [1, kMaxTreeLevels]; the last level is one group
+  bool streaming;                       // write past the caches (CPU)
   ElementType type;                     // of y and out
-};
-
-struct CombineRowsWeightGradArgs {
-  const void* grad_out;  // [num_rows, dim]
-  const void* y;         // [any, dim]
-  const int32_t* index;  // [num_rows, num_columns], rows of y, or -1
-  float* grad_weight;    // [num_rows, num_columns]; 0 where the index is -1
-  int64_t num_rows;
-  int64_t num_columns;
-  int64_t dim;
-  ElementType type;  // of grad_out and y
 };
 
 // Rows [begin, end) of the output; ranges are independent of each other.
 void combine_rows_cpu(const CombineRowsArgs& args, int64_t begin, int64_t end);
-void combine_rows_weight_grad_cpu(const CombineRowsWeightGradArgs& args, int64_t begin, int64_t end);
 
 #ifdef EP_WITH_CUDA
-// Asynchronous on `stream`. Return the launch status; never print, never exit.
+// Asynchronous on `stream`. Returns the launch status; never prints, never exits.
 cudaError_t combine_rows_cuda(const CombineRowsArgs& args, cudaStream_t stream);
-cudaError_t combine_rows_weight_grad_cuda(const CombineRowsWeightGradArgs& args, cudaStream_t stream);
 #endif
 
 }  // namespace ep

@@ -11,13 +11,16 @@
 namespace ep {
 
 struct GatherRowsArgs {
-  const void* x;        // [any, dim], rows contiguous
+  const void* x;        // [any, dim]
   const int32_t* row;   // [num_rows], rows of x, or -1
   const float* weight;  // [num_rows], or null; the product is taken in float
-  void* out;            // [num_rows, dim], contiguous
+  void* out;            // [num_rows, dim]
   int64_t num_rows;     // may be 0
   int64_t dim;
-  ElementType type;  // of x and out
+  int64_t x_stride;    // elements from one row to the next
+  int64_t out_stride;  // likewise
+  bool streaming;      // write past the caches (CPU)
+  ElementType type;    // of x and out
 };
 
 // Rows [begin, end) of the output; ranges are independent of each other.

@@ -51,7 +51,8 @@ def train_command(
 
     world = World.from_environment()
     config = load_config(run_file, overrides or [])
-    run = resolve(config, check_for or world.size, overwrite=overwrite)
+    ranks_per_node = None if check_for else world.local_size
+    run = resolve(config, check_for or world.size, ranks_per_node=ranks_per_node, overwrite=overwrite)
     if check_for is not None:
         return
     device = world.pick_device(config.parallel.device)

@@ -141,6 +141,10 @@ class MoESection(_Section):
     """per_device: one row per token and rank; per_expert: one row per copy, summed at home by ascending expert id"""
     placement: Path | None = None
     """placement.json of `ep-engine place` [experts in the order of their ids]"""
+    transport: Literal["auto", "collective", "shared_memory", "hierarchical"] = "auto"
+    """collective: torch's all-to-all; shared_memory: ranks of one machine; hierarchical: one copy per node"""
+    fp8_dispatch: bool = False
+    """rows travel to the experts in 8 bits (e4m3, a scale per 128 elements); all else keeps its dtype"""
 
 
 class RoutingSection(_Section):

@@ -1,122 +1,158 @@
-"""Dispatch: carry each row to the ranks that hold its experts, then group the rows by expert.
+"""Dispatch: carry each token's row to the ranks that hold its experts.
 
     tokens -> router -> plan -> [dispatch] -> experts -> combine
 
-A row travels once to each rank, with the slots it is for and its weights; rows for the own rank do not touch the
-transport. Backward is the transpose: gradients of rows and weights travel back, and a token sums what its rows bring
-along the placement's tree.
+A row travels once to each rank, the slots it is for and its weights behind it in one message; rows for the own rank do
+not touch the transport. Backward is the transpose: gradients of rows and weights travel back, and a token sums what its
+rows bring along the placement's tree.
 
 Shape letters as in ops.py.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ep_engine import ops
-from ep_engine.plan import Plan
-from ep_engine.transport import Link
+from ep_engine.message import Message
+from ep_engine.plan import Hop, Plan, make_plan
 
 
-@dataclass(frozen=True)
 class Arrival:
-    """What this rank works on, and how it finds its way back."""
+    """What this rank works on, and how it finds its way back.
 
-    x_ND: Tensor  # rows grouped by local slot
-    rows_per_slot: list[int]  # [L], on the host
-    weights_RW: Tensor | None  # (R, W) float32 combine weights of the arrived rows; None: they stayed at home
-    row_slot_RW: Tensor  # (R, W) int32 slots of the arrived rows, ascending, -1: none
-    position_RW: Tensor  # (R, W) int32 place of each copy in x_ND
-    copy_row_N: Tensor  # (N,) int32 arrived row of each place
+    Not a dataclass: FSDP goes through those among a module's arguments and casts the tensors in them.
+
+    Attributes:
+        rows_RD: arrived rows.
+        weights_RW: float32, their combine weights.
+        row_slot_RW: int32, local slots they are for, ascending, -1: none.
+        tables: the same grouped by slot.
+        rows_per_slot: [L], on the host.
+        plans: of every hop.
+    """
+
+    def __init__(self, rows_RD: Tensor, weights_RW: Tensor, row_slot_RW: Tensor, plans: tuple[Plan, ...]) -> None:
+        self.rows_RD, self.weights_RW, self.row_slot_RW, self.plans = rows_RD, weights_RW, row_slot_RW, plans
+        hop = plans[-1].hop
+        _, run_order = hop.tables(row_slot_RW.device)
+        self.tables = ops.plan_arrival(row_slot_RW, plans[-1].rows_of_run, run_order, num_slots=hop.slots_per_rank)
+        self.rows_per_slot: list[int] = self.tables.rows_per_slot_L.tolist()
 
 
-def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: Plan, link: Link) -> Arrival:
-    """Send each token's row to its ranks and group what arrives by expert.
+def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...], *, fp8: bool = False) -> Arrival:
+    """Send each token's row to its ranks and find out which rows each expert gets.
 
     Args:
         x_TD: float32 or bfloat16, the tokens of this rank.
         weights_TK: float32 combine weights.
-        plan: from `make_plan` on the ids of the same tokens.
-        link: this layer's end of the transport.
+        plan: of the first hop, from `make_plan` on the ids of the same tokens.
+        way: the hops.
+        fp8: rows travel as e4m3 with a scale per 128 elements (csrc/fp8_rows.h); gradients do not.
     """
-    rows_RD, weights_RW, row_slot_RW = _Send.apply(x_TD, weights_TK, plan, link)  # type: ignore[no-untyped-call]
-    tables = ops.plan_arrival(
-        row_slot_RW, plan.rows_from_rank_P, own_rank=plan.site.rank, num_slots=plan.site.slots_per_rank
-    )
-    rows_per_slot = tables.rows_per_slot_L.tolist()
-    copy_row_N = tables.copy_row_N[: sum(rows_per_slot)]
-    x_ND = _Expand.apply(  # type: ignore[no-untyped-call]
-        rows_RD, copy_row_N, tables.position_RW, row_slot_RW, plan.site.cut.group_sizes_of_slots
-    )
-    weighted = None if plan.site.one_row_per_copy else weights_RW
-    return Arrival(x_ND, rows_per_slot, weighted, row_slot_RW, tables.position_RW, copy_row_N)
+    return Arrival(*_Dispatch.apply(x_TD, weights_TK, plan, way, fp8))  # type: ignore[no-untyped-call]
 
 
-class _Send(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
     """x (T, D), weights (T, K) at home -> rows (R, D), weights (R, W), slots (R, W) where the experts live."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: Plan, link: Link) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.plan, ctx.link = plan, link
-        rows_SD = ops.gather_rows(x_TD, plan.row_token_S)
-        width = plan.row_slot_SW.shape[1]
-        if plan.site.one_row_per_copy:
-            words = plan.row_slot_SW  # the weights stay at home
-        else:
-            weights_SW = weights_TK.reshape(-1)[_choice_of_row(plan).clamp(max=weights_TK.numel() - 1)]
-            words = torch.cat((plan.row_slot_SW, weights_SW.view(torch.int32)), dim=1)
-        words_R = link.exchange(words, plan.send_rows, plan.recv_rows, "dispatch")
-        rows_RD = link.exchange(rows_SD, plan.send_rows, plan.recv_rows, "dispatch")
-        slots_RW = words_R[:, :width].contiguous()
-        weights_RW = words_R[:, width:].contiguous().view(torch.float32)
-        ctx.mark_non_differentiable(slots_RW)
-        return rows_RD, weights_RW, slots_RW
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        plan, link, (grad_RD, grad_RW, _) = ctx.plan, ctx.link, grads
-        grad_SD = link.exchange(grad_RD.contiguous(), plan.recv_rows, plan.send_rows, "dispatch_backward")
-        sizes = [plan.top_k] if plan.site.one_row_per_copy else plan.site.cut.group_sizes_of_ranks
-        grad_x_TD = ops.combine_rows(grad_SD, plan.visit_row_TC, leaf_of_visit(plan), None, sizes)
-        if plan.site.one_row_per_copy:
-            return grad_x_TD, None, None, None
-        grad_SW = link.exchange(grad_RW.contiguous(), plan.recv_rows, plan.send_rows, "dispatch_backward")
-        # One place more than there are weights takes what the unused columns hold.
-        grad_weights = grad_SW.new_zeros(plan.num_tokens * plan.top_k + 1)
-        grad_weights.scatter_(0, _choice_of_row(plan).reshape(-1), grad_SW.reshape(-1))
-        return grad_x_TD, grad_weights[:-1].view(plan.num_tokens, plan.top_k), None, None
-
-
-class _Expand(torch.autograd.Function):
-    """Arrived rows (R, D) -> a row for each of their copies (N, D), grouped by slot."""
-
-    @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, copy_row_N: Tensor, position_RW: Tensor, row_slot_RW: Tensor, sizes: list[int]
-    ) -> Tensor:
-        ctx.save_for_backward(position_RW, row_slot_RW)
-        ctx.sizes = sizes
-        return ops.gather_rows(rows_RD, copy_row_N)
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...], fp8: bool
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Plan, ...]]:
+        plans: list[Plan] = []
+        rows = _quantised(x_TD) if fp8 else x_TD
+        weights, slots = weights_TK, plan.row_slot_SW
+        for hop in way:
+            if plans:
+                runs = torch.arange(len(plans[-1].rows_of_run), device=slots.device)
+                run_of_row = runs.repeat_interleave(plans[-1].rows_of_run.long())
+                plan = make_plan(slots.long(), hop, run_of_row, len(runs))
+            plans.append(plan)
+            rows, weights, slots = _carry_out(rows, weights, plan)
+        ctx.plans = tuple(plans)
+        ctx.mark_non_differentiable(slots)
+        return _dequantised(rows, x_TD) if fp8 else rows, weights, slots, ctx.plans
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        position_RW, row_slot_RW = ctx.saved_tensors
-        grad_RD = ops.combine_rows(grads[0], position_RW, row_slot_RW, None, ctx.sizes)
-        return grad_RD, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_rows, grad_weights = grads[0], grads[1]
+        for plan in reversed(ctx.plans):
+            grad_rows, grad_weights = _carry_gradients_home(grad_rows, grad_weights, plan)
+        return grad_rows, grad_weights, None, None, None
 
 
-def _choice_of_row(plan: Plan) -> Tensor:
-    """(S, W) int64: which of all T * K choices each column of a row is; T * K where it is none."""
-    choice_SW = plan.row_choice_SW.long()
-    flat_SW = plan.row_token_S.long().unsqueeze(1) * plan.top_k + choice_SW
-    return torch.where(choice_SW >= 0, flat_SW, plan.num_tokens * plan.top_k)
+def _carry_out(x_TD: Tensor, weights_TK: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """One hop: rows (R, D), weights (R, W), slots (R, W) of what arrives."""
+    width = plan.row_slot_SW.shape[1]
+    message = Message(x_TD.shape[1], x_TD.dtype, num_words=2 * width)
+    if stays_here(plan):  # every row is its token's
+        plan.hop.link.record(plan.send_rows, message.num_bytes, "dispatch")
+        weights_SW = weights_TK.new_empty(plan.row_slot_SW.shape)
+        ops.choice_weights(weights_TK, plan.row_choice_SW, weights_SW)
+        return x_TD, weights_SW, plan.row_slot_SW
+    exchange = plan.hop.link.begin(plan.send_rows, plan.recv_rows, message.num_bytes, x_TD.device, "dispatch")
+    for part, out in exchange.parts:
+        ops.gather_rows(x_TD, plan.row_token_S[part], out=message.rows(out), streaming=exchange.streaming)
+        message.words(out, torch.int32, 0, width).copy_(plan.row_slot_SW[part])
+        ops.choice_weights(weights_TK, plan.row_choice_SW[part], message.words(out, torch.float32, width, width))
+    received = exchange.finish()
+    slots_RW = message.words(received, torch.int32, 0, width).contiguous()
+    return message.rows(received), message.words(received, torch.float32, width, width).contiguous(), slots_RW
 
 
-def leaf_of_visit(plan: Plan) -> Tensor:
-    """Leaves for the sum at home: ranks, or columns where each copy travels by itself."""
-    if not plan.site.one_row_per_copy:
-        return plan.visit_rank_TC
-    columns = torch.arange(plan.top_k, dtype=torch.int32, device=plan.visit_row_TC.device)
-    return columns.expand_as(plan.visit_row_TC).contiguous()
+def _carry_gradients_home(grad_RD: Tensor, grad_RW: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """One hop back: the tokens' gradients (T, D), and those of their weights (T, K)."""
+    width = plan.row_slot_SW.shape[1]
+    message = Message(grad_RD.shape[1], grad_RD.dtype, num_words=width)
+    if stays_here(plan):
+        plan.hop.link.record(plan.recv_rows, message.num_bytes, "dispatch_backward")
+        return grad_RD, ops.choice_weights_backward(
+            grad_RW.contiguous(), plan.row_choice_SW, plan.num_tokens, plan.top_k
+        )
+    link = plan.hop.link
+    exchange = link.begin(plan.recv_rows, plan.send_rows, message.num_bytes, grad_RD.device, "dispatch_backward")
+    everything = torch.arange(len(grad_RD), dtype=torch.int32, device=grad_RD.device)
+    for part, out in exchange.parts:
+        ops.gather_rows(grad_RD, everything[part], out=message.rows(out), streaming=exchange.streaming)
+        message.words(out, torch.float32, 0, width).copy_(grad_RW[part])
+    received = exchange.finish()
+    grad_TD = sum_at_home(message.rows(received), plan)
+    grad_SW = message.words(received, torch.float32, 0, width)
+    return grad_TD, ops.choice_weights_backward(grad_SW, plan.row_choice_SW, plan.num_tokens, plan.top_k)
+
+
+def stays_here(plan: Plan) -> bool:
+    """Whether the hop is none: one rank, and one row for each token, which is the token's."""
+    return len(plan.send_rows) == 1 and not plan.hop.one_row_per_copy
+
+
+def sum_at_home(rows_SD: Tensor, plan: Plan) -> Tensor:
+    """What a token's rows bring, summed along the tree, (T, D)."""
+    if plan.hop.one_row_per_copy:
+        columns = torch.arange(plan.top_k, dtype=torch.int32, device=rows_SD.device)
+        leaf_TC = columns.expand_as(plan.visit_row_TC).contiguous()
+        return ops.combine_rows(rows_SD, plan.visit_row_TC, leaf_TC, None, [plan.top_k])
+    return ops.combine_rows(rows_SD, plan.visit_row_TC, plan.visit_rank_TC, None, plan.hop.sum_sizes)
+
+
+def _quantised(x_TD: Tensor) -> Tensor:
+    """Rows of x as e4m3 with their scales behind, as float32 words that are moved and not looked into."""
+    message = _quantised_row(x_TD)
+    out = torch.empty(len(x_TD), message.num_bytes, dtype=torch.uint8, device=x_TD.device)
+    everything = torch.arange(len(x_TD), dtype=torch.int32, device=x_TD.device)
+    scales = message.words(out, torch.float32, 0, message.num_words)
+    ops.quantise_rows(x_TD, everything, message.rows(out), scales)
+    return out.view(torch.float32)
+
+
+def _dequantised(rows: Tensor, like: Tensor) -> Tensor:
+    message = _quantised_row(like)
+    rows_RB = rows.contiguous().view(torch.uint8)
+    scales = message.words(rows_RB, torch.float32, 0, message.num_words)
+    return ops.dequantise_rows(message.rows(rows_RB), scales, like.dtype)
+
+
+def _quantised_row(x_TD: Tensor) -> Message:
+    return Message(x_TD.shape[1], torch.uint8, num_words=-(-x_TD.shape[1] // ops.FP8_BLOCK))

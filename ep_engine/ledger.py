@@ -35,16 +35,25 @@ class Ledger:
         for counter in (self.sent, self.rows, self.tokens):
             counter.clear()
 
-    def record_bytes(self, layer: int, direction: str, rows_per_rank: list[int], bytes_per_row: int) -> None:
-        """Count rows sent to every rank of the group; rows for the own rank are tier `self`."""
-        for tier, num_rows in zip(self.tier_of_rank, rows_per_rank, strict=True):
+    def record_bytes(
+        self,
+        layer: int,
+        direction: str,
+        rows_per_rank: list[int],
+        bytes_per_row: int,
+        tiers: list[str] | None = None,
+    ) -> None:
+        """Count rows sent to every rank of a group, by default of all ranks; `tiers` are those of its links."""
+        for tier, num_rows in zip(tiers or self.tier_of_rank, rows_per_rank, strict=True):
             self.sent[layer, direction, tier] += num_rows * bytes_per_row
 
-    def record_rows(self, layer: int, num_tokens: int, **rows_per_rank: list[int]) -> None:
-        """Count the rows of one forward dispatch under every protocol, a list over ranks each."""
+    def record_rows(
+        self, layer: int, num_tokens: int, tiers: list[str] | None = None, **rows_per_rank: list[int]
+    ) -> None:
+        """Count tokens and rows of one forward dispatch under some protocols, a list over ranks each."""
         self.tokens[layer] += num_tokens
         for protocol, counts in rows_per_rank.items():
-            for tier, num_rows in zip(self.tier_of_rank, counts, strict=True):
+            for tier, num_rows in zip(tiers or self.tier_of_rank, counts, strict=True):
                 self.rows[layer, protocol, tier] += num_rows
 
     def gathered(self, group: dist.ProcessGroup | None) -> "Ledger":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,8 @@ class Meshes:
     dense: DeviceMesh  # ("dp",)
     experts: DeviceMesh  # ("edp", "ep")
     node_of_rank: list[int]  # [world size]
+    ep_inside: dist.ProcessGroup | None  # the ranks of this rank's expert-parallel group on its node, and
+    ep_across: dist.ProcessGroup | None  # its peers on the other nodes; None: one node, or nodes with unequal parts
 
     def ep_tiers(self) -> list[str]:
         """Link tier from this rank to every rank of its expert-parallel group: self, node or network."""
@@ -104,16 +107,31 @@ def process_groups(world: World, device: torch.device, ep_size: int, timeout_s: 
 
 def _make_meshes(world: World, device: torch.device, ep_size: int, timeout: timedelta) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
+    nodes: list[int] = [0] * world.size
+    dist.all_gather_object(nodes, world.node)
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
     dense = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("dp",))
     grid = torch.arange(world.size).view(-1, ep_size)
+    axes = {"edp": grid.t().tolist(), "ep": grid.tolist(), **_split_by_node(grid.tolist(), nodes)}
     own: dict[str, dist.ProcessGroup] = {}
-    for axis, groups in (("edp", grid.t().tolist()), ("ep", grid.tolist())):
+    for axis, groups in axes.items():
         for ranks in groups:  # every rank takes part in making every group
             group = dist.new_group(ranks, timeout=timeout, group_desc=axis)
             if world.rank in ranks:
                 own[axis] = group
     experts = DeviceMesh.from_group([own["edp"], own["ep"]], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
-    nodes: list[int] = [0] * world.size
-    dist.all_gather_object(nodes, world.node)
-    return Meshes(dense, experts, nodes)
+    return Meshes(dense, experts, nodes, own.get("ep_inside"), own.get("ep_across"))
+
+
+def _split_by_node(groups: list[list[int]], node_of_rank: list[int]) -> dict[str, list[list[int]]]:
+    """Groups of ranks on one node, and of ranks with the same place on each, if all nodes have the same number."""
+    inside: list[list[int]] = []
+    across: list[list[int]] = []
+    for ranks in groups:
+        nodes = sorted({node_of_rank[r] for r in ranks})
+        parts = [[r for r in ranks if node_of_rank[r] == node] for node in nodes]
+        if len(parts) == 1 or len({len(part) for part in parts}) > 1 or [*chain(*parts)] != ranks:
+            return {}
+        inside += parts
+        across += [list(peers) for peers in zip(*parts, strict=True)]
+    return {"ep_inside": inside, "ep_across": across}

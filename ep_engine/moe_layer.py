@@ -12,7 +12,7 @@ from ep_engine.ledger import Ledger
 from ep_engine.load_balance import RouterStatistics, router_statistics
 from ep_engine.model_config import MoEConfig
 from ep_engine.placement import Placement
-from ep_engine.plan import Site, make_plan
+from ep_engine.plan import Site, make_plan, record, way_to
 from ep_engine.router import Router
 from ep_engine.transport import Alone, Link
 
@@ -30,16 +30,25 @@ class MoELayer(nn.Module):
         self.router = Router(moe, hidden_size, layer)
         self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
 
-    def join(self, site: Site, link: Link) -> None:
-        """Become the part of the layer that `site` describes; makes new, empty expert weights of its size."""
-        self.site, self.link = site, link
-        self.experts = Experts(site.slots_per_rank, self.hidden_size, self.moe.expert_hidden_size)
+    def join(self, site: Site, *links: Link, fp8: bool = False) -> None:
+        """Become the part of the layer that `site` describes; makes new, empty expert weights of its size.
+
+        Args:
+            site: the experts of this rank.
+            links: to all ranks; or to this rank's peers on other nodes, and to the ranks of its node.
+            fp8: see `dispatch`.
+        """
+        self.site, self.ledger, self.fp8 = site, links[0].ledger, fp8
+        self.way = way_to(site, links)
+        self.experts = Experts(
+            site.slots_per_rank, self.hidden_size, self.moe.expert_hidden_size, site.cut.group_sizes_of_slots
+        )
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStatistics]:
         """(T, D) -> (T, D) in the same dtype; T may be 0 and may differ between ranks."""
         routing = self.router(x_TD)
-        plan = make_plan(routing.ids_TK, self.site, self.link)
-        arrival = dispatch(x_TD, routing.weights_TK, plan, self.link)
-        y_ND = self.experts(arrival.x_ND, arrival.rows_per_slot)
-        y_TD = combine(y_ND, routing.weights_TK, arrival, plan, self.link)
-        return y_TD, router_statistics(routing)
+        plan = make_plan(routing.ids_TK, self.way[0])
+        arrival = dispatch(x_TD, routing.weights_TK, plan, self.way, fp8=self.fp8)
+        record(routing.ids_TK, self.site, arrival.plans)
+        z_RD = self.experts(arrival.rows_RD, arrival)
+        return combine(z_RD, arrival), router_statistics(routing)

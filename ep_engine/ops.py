@@ -7,7 +7,7 @@ Bookkeeping is int32, -1 where there is nothing. Rows are float32 or bfloat16.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ _ops = torch.ops.ep_engine
 _PLAN_CHUNK = 256  # kPlanChunk of csrc/plan.h
 MAX_TREE_LEVELS = 8  # kMaxTreeLevels of csrc/combine_rows.h
 MAX_TOP_K = 32  # kMaxTopK of csrc/plan.h
+FP8_BLOCK = 128  # kFp8Block of csrc/fp8_rows.h
+MAX_SHARERS = 64  # kMaxSharers of csrc/shared_memory.h
+SHARED_CONTROL_BYTES = 1 << 16  # at least kSharedControlBytes of csrc/shared_memory.h
+_STREAM_BYTES = 16 << 20  # outputs of so much are written past the caches: they would not stay in them
 
 
 class SendTables(NamedTuple):
@@ -27,7 +31,7 @@ class SendTables(NamedTuple):
     rows_per_rank_P: Tensor  # own rank included
     row_token_S: Tensor  # token of each row; -1 from the sum of rows_per_rank on, like the next two
     row_slot_SW: Tensor  # local slots the row is for, ascending
-    row_choice_SW: Tensor  # which of the token's K choices each of them is
+    row_choice_SW: Tensor  # which of all T * K choices each of them is
     visit_row_TC: Tensor  # rows of each token
     visit_rank_TC: Tensor  # and the ranks they go to
 
@@ -37,7 +41,64 @@ class ArrivalTables(NamedTuple):
 
     rows_per_slot_L: Tensor
     position_RW: Tensor  # where each copy of a row stands
-    copy_row_N: Tensor  # the row each copy comes from; -1 from the sum of rows_per_slot on
+    copy_row_N: Tensor  # the row each copy comes from; -1 from the sum of rows_per_slot on, like the next
+    copy_column_N: Tensor  # and which of the row's columns it is
+
+
+class Selection(NamedTuple):
+    """How experts are chosen and weighed, as csrc/choose_experts.h says it; tables lie where the logits do."""
+
+    top_k: int
+    rule: Literal["topk", "group_limited", "c2r", "c2r_grouped", "given"] = "topk"
+    score: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax_of_chosen"
+    renormalise: bool = False
+    scale: float = 1.0
+    bias_E: Tensor | None = None  # float32, for the selection alone
+    lists_EN: Tensor | None = None  # int32, of c2r and c2r_grouped
+    group_of_E: Tensor | None = None  # int32, of c2r_grouped
+    top_t: int = 0
+    num_groups: int = 1
+    max_groups: int = 1
+    group_top: int = 1
+
+    def weighing(self) -> tuple[int, bool, float]:
+        """What the weights and their gradients need."""
+        return _SCORES.index(self.score), self.renormalise, self.scale
+
+
+_RULES = ("topk", "group_limited", "c2r", "c2r_grouped", "given")  # enum Rule
+_SCORES = ("softmax", "softmax_of_chosen", "sigmoid")  # enum Score
+
+
+def choose_experts(logits_TE: Tensor, how: Selection, ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ids (T, K) int64, the best first, and weights (T, K) float32 of float32 logits; ids only of rule `given`."""
+    if ids_TK is None:
+        ids_TK = torch.empty(len(logits_TE), how.top_k, dtype=torch.int64, device=logits_TE.device)
+    weights_TK = torch.empty(ids_TK.shape, dtype=torch.float32, device=logits_TE.device)
+    _ops.choose_experts(
+        logits_TE.contiguous(),
+        how.bias_E,
+        how.lists_EN,
+        how.group_of_E,
+        _RULES.index(how.rule),
+        how.top_t,
+        how.num_groups,
+        how.max_groups,
+        how.group_top,
+        *how.weighing(),
+        ids_TK,
+        weights_TK,
+    )
+    return ids_TK, weights_TK
+
+
+def choose_experts_backward(grad_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, how: Selection) -> Tensor:
+    """Gradients of the logits (T, E) from those of the weights."""
+    grad_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
+    _ops.choose_experts_backward(
+        grad_TK.contiguous(), logits_TE.contiguous(), ids_TK.contiguous(), *how.weighing(), grad_TE
+    )
+    return grad_TE
 
 
 def plan_send(
@@ -49,10 +110,13 @@ def plan_send(
     own_rank: int,
     one_row_per_copy: bool,
 ) -> SendTables:
-    """Plan the rows of this rank's tokens: csrc/plan.h. `ids_TK` is int64, distinct ids in a row; T may be 0."""
+    """Plan the rows of this rank's tokens: csrc/plan.h.
+
+    `ids_TK` is int64, distinct ids in a row, -1 for none; T may be 0.
+    """
     num_tokens, top_k = ids_TK.shape
     columns = top_k if one_row_per_copy else min(top_k, num_ranks)
-    width = 1 if one_row_per_copy else top_k
+    width = 1 if one_row_per_copy else min(top_k, slots_per_rank)
     capacity = num_tokens * columns
     empty = partial(torch.empty, dtype=torch.int32, device=ids_TK.device)
     tables = SendTables(
@@ -77,7 +141,7 @@ def plan_send(
     return tables
 
 
-def plan_arrival(row_slot_RW: Tensor, rows_from_rank_P: Tensor, *, own_rank: int, num_slots: int) -> ArrivalTables:
+def plan_arrival(row_slot_RW: Tensor, rows_of_run: Tensor, run_order: Tensor, *, num_slots: int) -> ArrivalTables:
     """Group arrived rows by local slot: csrc/plan.h. R may be 0."""
     num_rows, width = row_slot_RW.shape
     empty = partial(torch.empty, dtype=torch.int32, device=row_slot_RW.device)
@@ -85,34 +149,91 @@ def plan_arrival(row_slot_RW: Tensor, rows_from_rank_P: Tensor, *, own_rank: int
         rows_per_slot_L=empty(num_slots),
         position_RW=empty(num_rows, width),
         copy_row_N=empty(num_rows * width),
+        copy_column_N=empty(num_rows * width),
     )
     scratch = empty(_scratch_size(num_rows, num_slots))
-    _ops.plan_arrival(row_slot_RW.contiguous(), rows_from_rank_P, own_rank, *tables, scratch)
+    _ops.plan_arrival(row_slot_RW.contiguous(), rows_of_run, run_order, *tables, scratch)
     return tables
 
 
-def gather_rows(x: Tensor, row_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
-    """out[n] = weight[n] * x[row[n]], (N, D) in the dtype of x; a copy bit by bit without weights (float32)."""
-    out = x.new_empty(row_N.numel(), x.shape[1])
-    _ops.gather_rows(x.contiguous(), row_N, weight_N, out)
+def choice_weights(weights_TK: Tensor, choice_SW: Tensor, out_SW: Tensor) -> None:
+    """out[s, w] = the weight of choice[s, w], 0 where that is -1; `out_SW` may be a part of longer rows."""
+    _ops.choice_weights(weights_TK.contiguous(), choice_SW, out_SW)
+
+
+def choice_weights_backward(grad_SW: Tensor, choice_SW: Tensor, num_tokens: int, top_k: int) -> Tensor:
+    """The transpose of `choice_weights`: gradients (T, K) float32."""
+    grad_TK = torch.zeros(num_tokens, top_k, dtype=torch.float32, device=grad_SW.device)
+    _ops.choice_weights_backward(grad_SW, choice_SW, grad_TK)
+    return grad_TK
+
+
+def gather_rows(
+    x: Tensor, row_N: Tensor, weight_N: Tensor | None = None, *, out: Tensor | None = None, streaming: bool = False
+) -> Tensor:
+    """out[n] = weight[n] * x[row[n]], (N, D) in the dtype of x; a copy bit by bit without weights (float32).
+
+    Rows of x and of `out` must be contiguous each. `streaming` writes past the CPU's caches, for readers on another
+    core.
+    """
+    if out is None:
+        out = x.new_empty(row_N.numel(), x.shape[1])
+    _ops.gather_rows(x, row_N, weight_N, streaming or out.nbytes >= _STREAM_BYTES, out)
     return out
 
 
-def combine_rows(y: Tensor, index_RC: Tensor, leaf_RC: Tensor, weight_RC: Tensor | None, sizes: list[int]) -> Tensor:
+def combine_rows(
+    y: Tensor,
+    index_RC: Tensor,
+    leaf_RC: Tensor,
+    weight_RC: Tensor | None,
+    sizes: list[int],
+    *,
+    out: Tensor | None = None,
+    streaming: bool = False,
+) -> Tensor:
     """out[r] = sum over c of weight[r, c] * y[index[r, c]] along the tree of group sizes: csrc/combine_rows.h.
 
     Each group sums its children in float32 in their order and rounds to the dtype of y; rows without a copy are 0.
+    `out` and `streaming` as in `gather_rows`.
     """
-    out = y.new_empty(index_RC.shape[0], y.shape[1])
-    _ops.combine_rows(y.contiguous(), index_RC, leaf_RC, weight_RC, sizes, out)
+    if out is None:
+        out = y.new_empty(index_RC.shape[0], y.shape[1])
+    _ops.combine_rows(y, index_RC, leaf_RC, weight_RC, sizes, streaming or out.nbytes >= _STREAM_BYTES, out)
     return out
 
 
-def combine_rows_weight_grad(grad_out: Tensor, y: Tensor, index_RC: Tensor) -> Tensor:
-    """<grad_out[r], y[index[r, c]]>, (R, C) float32; 0 where the index is -1."""
-    grad_RC = torch.empty(index_RC.shape, dtype=torch.float32, device=y.device)
-    _ops.combine_rows_weight_grad(grad_out.contiguous(), y.contiguous(), index_RC, grad_RC)
-    return grad_RC
+def quantise_rows(x: Tensor, row_N: Tensor, values_ND: Tensor, scales_NB: Tensor) -> None:
+    """Write x[row[n]] as e4m3 (uint8) with a float32 scale per FP8_BLOCK elements: csrc/fp8_rows.h."""
+    _ops.quantise_rows(x, row_N, values_ND, scales_NB)
+
+
+def dequantise_rows(values_ND: Tensor, scales_NB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (N, D) of what `quantise_rows` wrote."""
+    out = torch.empty(values_ND.shape, dtype=dtype, device=values_ND.device)
+    _ops.dequantise_rows(values_ND, scales_NB, out)
+    return out
+
+
+def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """silu(gate) * up, computed in float32 and rounded once; both contiguous."""
+    out_NF = torch.empty_like(gate_NF)
+    _ops.swiglu(gate_NF, up_NF, out_NF)
+    return out_NF
+
+
+class SwigluGrads(NamedTuple):
+    """What `swiglu_backward` finds."""
+
+    gate_NF: Tensor
+    up_NF: Tensor
+    hidden_NF: Tensor  # weight * silu(gate) * up
+    weight_N: Tensor  # float32
+
+
+def swiglu_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, weight_N: Tensor, out: SwigluGrads) -> None:
+    """Gradients where row n's output is multiplied by weight[n]: csrc/swiglu.h. `grad_NF` is without the weight."""
+    _ops.swiglu_backward(grad_NF, gate_NF, up_NF, weight_N, *out)
 
 
 def linear_rows(x_TD: Tensor, w_ED: Tensor) -> Tensor:
@@ -125,6 +246,40 @@ def linear_rows(x_TD: Tensor, w_ED: Tensor) -> Tensor:
 def count_pairs(ids_TK: Tensor, counts_EE: Tensor) -> None:
     """Add to `counts_EE` (int64) how often two experts serve one token; the diagonal counts the tokens of an expert."""
     _ops.count_pairs(ids_TK.contiguous(), counts_EE)
+
+
+class SharedArenas(NamedTuple):
+    """The arenas of all ranks of a machine, mapped here, and which rank this is: csrc/shared_memory.h."""
+
+    arenas: list[Tensor]  # uint8 each, at least SHARED_CONTROL_BYTES
+    process_P: Tensor  # int32, a pidfd of every rank, or -1
+    rank: int
+    timeout_s: float
+
+    def open(self, number: int, place_P: Tensor, expected_P: Tensor, sending_P: Tensor) -> tuple[int, Tensor]:
+        """Begin exchange `number`; a result for `shared_fault` and the place in every rank's arena, int64 all."""
+        destination_P = torch.empty_like(place_P)
+        return _ops.shared_memory_open(*self, number, place_P, expected_P, sending_P, destination_P), destination_P
+
+    def close(self, number: int) -> int:
+        """Say that all is written and wait for the others."""
+        result: int = _ops.shared_memory_close(*self, number)
+        return result
+
+    def counts(self, number: int, counts_PN: Tensor) -> tuple[int, Tensor]:
+        """Exchange rows of int32 counts."""
+        received_PN = torch.empty_like(counts_PN)
+        return _ops.shared_memory_counts(*self, number, counts_PN.contiguous(), received_PN), received_PN
+
+    def fail(self) -> None:
+        """Tell all others that this rank gives up."""
+        _ops.shared_memory_fail(self.arenas, self.process_P, self.rank)
+
+
+def shared_fault(result: int) -> tuple[int, str] | None:
+    """The peer and what is the matter with it, of the result of an exchange; None if all went well."""
+    reasons = ("", "did not come within the time-out", "died", "failed", "expects another number of bytes")
+    return None if result == 0 else (result // 8, reasons[result % 8])
 
 
 def built_for_cuda() -> bool:
@@ -140,9 +295,16 @@ def _register_fakes() -> None:
     for name in (
         "plan_send",
         "plan_arrival",
+        "choose_experts",
+        "choose_experts_backward",
+        "choice_weights",
+        "choice_weights_backward",
         "gather_rows",
         "combine_rows",
-        "combine_rows_weight_grad",
+        "quantise_rows",
+        "dequantise_rows",
+        "swiglu",
+        "swiglu_backward",
         "linear_rows",
         "count_pairs",
     ):

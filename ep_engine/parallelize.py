@@ -9,13 +9,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ep_engine.checkpoint import Shard, module_entries
+from ep_engine.connect import connect
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
 from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
-from ep_engine.transport import Alone, Collective, Link
 
 
 def build(
@@ -26,6 +26,9 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     one_row_per_copy: bool = False,
+    transport: str = "auto",
+    fp8: bool = False,
+    timeout_s: float = 300.0,
 ) -> tuple[Decoder, Ledger]:
     """Make this rank's part of a model, its weights not yet set.
 
@@ -38,21 +41,26 @@ def build(
         device: where weights live.
         dtype: of computation; weights and gradient sums are float32. The router computes in float32 regardless.
         one_row_per_copy: see `Site`.
+        transport: see `connect`.
+        fp8: see `dispatch`.
+        timeout_s: a rank that hears nothing from another for so long fails.
 
     Returns:
         The model, and the ledger in which its layers write.
     """
     ep_mesh = meshes.experts["ep"]
     ledger = Ledger(meshes.ep_tiers())
+    connection = None
+    if config.moe is not None:
+        assert placement is not None, "a MoE model has a placement"
+        cut = placement.cut(ep_mesh.size())
+        connection = connect(transport, meshes, device, cut, timeout_s)
     with torch.device("meta"):
         model = Decoder(config)
-        if config.moe is not None:
-            assert placement is not None, "a MoE model has a placement"
-            cut = placement.cut(ep_mesh.size())
-            transport = Alone() if ep_mesh.size() == 1 else Collective(ep_mesh.get_group())
+        if connection is not None and placement is not None:
             for i, moe in model.moe_layers().items():
-                site = Site.of(placement, i, cut, transport.rank, one_row_per_copy=one_row_per_copy)
-                moe.join(site, Link(transport, ledger, i))
+                site = Site.of(placement, i, cut, ep_mesh.get_local_rank(), one_row_per_copy=one_row_per_copy)
+                moe.join(site, *connection.links(ledger, i), fp8=fp8)
     _shard(model, meshes, dtype)
     model.to_empty(device=device)
     return model, ledger

@@ -5,9 +5,13 @@
 The plan holds no activations and no gradients. It is made once per forward pass and read by dispatch and combine, and
 again by their backwards. A token goes to a rank once, however many of its experts live there.
 
-Shape letters as in ops.py.
+A way to the experts is one hop over all ranks, or one over nodes and one inside the node: then a token's row goes to a
+node once, to the rank there that has the place of its home rank, and from there to the ranks of its experts.
+
+Shape letters as in ops.py; H hops.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +30,6 @@ class Site:
     rank: int
     slot_of_expert: list[int]  # [E], in [0, P * slots_per_rank)
     one_row_per_copy: bool = False  # send a row per copy and sum at the token's home, in the order of expert ids
-    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, placement: Placement, layer: int, cut: Cut, rank: int, *, one_row_per_copy: bool = False) -> "Site":
@@ -38,12 +41,6 @@ class Site:
         """L, expert slots of this rank."""
         return self.cut.slots_per_rank
 
-    def slot_table(self, device: torch.device) -> Tensor:
-        """slot_of_expert as int32 on a device; made once, because a copy to a GPU would wait for it."""
-        if device not in self._tables:
-            self._tables[device] = torch.tensor(self.slot_of_expert, dtype=torch.int32, device=device)
-        return self._tables[device]
-
     def experts_here(self) -> list[int]:
         """[L]: the logical expert in every slot of this rank, -1 for an empty one."""
         first = self.rank * self.slots_per_rank
@@ -52,50 +49,116 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the rows of one forward pass go; what must be known on the host is in the lists."""
+class Hop:
+    """One exchange on the way from a token to its experts."""
 
-    site: Site
+    link: Link
+    slots_per_rank: int  # slots behind one rank of the link
+    slot_of_id: list[int]  # where what a token names lies: an expert's slot, or a slot of the node itself
+    one_row_per_copy: bool
+    sum_sizes: list[int]  # group sizes, in ranks of the link, of the sum of a token's rows at their home
+    run_order: list[int]  # runs of arrived rows in the order of the global tokens
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """slot_of_id and run_order as int32 on a device; made once, because a copy to a GPU would wait for it."""
+        if device not in self._tables:
+            slot, order = (
+                torch.tensor(table, dtype=torch.int32, device=device) for table in (self.slot_of_id, self.run_order)
+            )
+            self._tables[device] = slot, order
+        return self._tables[device]
+
+
+def way_to(site: Site, links: Sequence[Link]) -> tuple[Hop, ...]:
+    """The hops from this rank to the experts: over one link, or over the nodes and then inside the node."""
+    first = links[0]
+    num_nodes = first.transport.size
+    per_node = site.cut.ep_size // num_nodes
+    over_nodes = Hop(
+        link=first,
+        slots_per_rank=site.slots_per_rank * per_node,
+        slot_of_id=site.slot_of_expert,
+        one_row_per_copy=site.one_row_per_copy,
+        sum_sizes=[size // per_node for size in site.cut.group_sizes_of_ranks if size > per_node] or [1],
+        run_order=_own_last(num_nodes, first.transport.rank),
+    )
+    if len(links) == 1:
+        return (over_nodes,)
+    inside = links[1]
+    # Memory holds, for each rank of the node (the own one last), its rows from each node (the own one last).
+    ranks, nodes = (_in_memory(link.transport.size, link.transport.rank) for link in (inside, first))
+    homes = [node * per_node + rank for rank in ranks for node in nodes]
+    inside_node = Hop(
+        link=inside,
+        slots_per_rank=site.slots_per_rank,
+        slot_of_id=list(range(site.slots_per_rank * per_node)),
+        one_row_per_copy=False,
+        sum_sizes=[size for size in site.cut.group_sizes_of_ranks if size <= per_node] or [1],
+        run_order=sorted(range(len(homes)), key=lambda run: homes[run]),
+    )
+    return over_nodes, inside_node
+
+
+def _in_memory(size: int, own: int) -> list[int]:
+    return [rank for rank in range(size) if rank != own] + [own]
+
+
+def _own_last(size: int, own: int) -> list[int]:
+    """Position in memory of every rank's rows."""
+    return sorted(range(size), key=lambda run: _in_memory(size, own)[run])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the rows of one forward pass go on one hop; what must be known on the host is in the lists."""
+
+    hop: Hop
     num_tokens: int
     top_k: int
     row_token_S: Tensor  # (S,) token of each row
-    row_choice_SW: Tensor  # (S, W) which of the token's choices a row is for, -1: none
+    row_choice_SW: Tensor  # (S, W) which of all T * K choices a row is for, -1: none
     row_slot_SW: Tensor  # (S, W) the local slots of those choices on the row's rank, ascending, -1: none
     visit_row_TC: Tensor  # (T, C) a token's rows, -1: none
     visit_rank_TC: Tensor  # (T, C) and their ranks, ascending
-    rows_from_rank_P: Tensor  # (P,) int32
+    rows_of_run: Tensor  # (P * runs,) int32 rows that arrive, by run
     send_rows: list[int]  # [P] rows to every rank, own rank included
     recv_rows: list[int]  # [P] rows from every rank
 
 
-def make_plan(ids_TK: Tensor, site: Site, link: Link) -> Plan:
-    """Plan the dispatch of this rank's tokens, tell the other ranks the counts, and write the rows into the ledger.
+def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, num_runs: int = 1) -> Plan:
+    """Plan one hop of this rank's tokens and tell the other ranks the counts.
 
     Reads the counts on the host, which waits for the device.
 
     Args:
-        ids_TK: int64 logical expert ids, distinct in a row; T may be 0 and may differ between ranks.
-        site: where the experts of this layer live.
-        link: this layer's end of the transport.
+        ids_TK: int64 ids that `hop.slot_of_id` knows, distinct in a row, -1 for none; T may be 0 and may differ
+            between ranks.
+        hop: where they lie.
+        run_of_token_T: int64 in [0, num_runs), ascending: tokens that came from one place. None: all from this rank.
+        num_runs: of tokens, the same on all ranks.
     """
     num_tokens, top_k = ids_TK.shape
-    slot_of_expert_E = site.slot_table(ids_TK.device)
+    link, size = hop.link, hop.link.transport.size
+    slot_of_id, _ = hop.tables(ids_TK.device)
     sent = ops.plan_send(
         ids_TK,
-        slot_of_expert_E,
-        num_ranks=site.cut.ep_size,
-        slots_per_rank=site.slots_per_rank,
-        own_rank=site.rank,
-        one_row_per_copy=site.one_row_per_copy,
+        slot_of_id,
+        num_ranks=size,
+        slots_per_rank=hop.slots_per_rank,
+        own_rank=link.transport.rank,
+        one_row_per_copy=hop.one_row_per_copy,
     )
-    rows_from_rank_P = link.exchange_counts(sent.rows_per_rank_P)
-    other_P = _rows_of_other_protocol(ids_TK, slot_of_expert_E, site)
-    send_rows, recv_rows, other = torch.stack((sent.rows_per_rank_P, rows_from_rank_P, other_P)).tolist()
-    plain, dedup = (send_rows, other) if site.one_row_per_copy else (other, send_rows)
-    link.ledger.record_rows(link.layer, num_tokens, sent=send_rows, plain=plain, dedup=dedup)
+    counts_PN = sent.rows_per_rank_P.unsqueeze(1)
+    if run_of_token_T is not None:
+        counts_PN = _count_runs(sent, run_of_token_T, num_runs, link.transport.rank)
+    arriving_PN = link.exchange_counts(counts_PN)
+    send_rows, recv_rows = torch.stack((sent.rows_per_rank_P, arriving_PN.sum(dim=1, dtype=torch.int32))).tolist()
     num_rows = sum(send_rows)
     return Plan(
-        site=site,
+        hop=hop,
         num_tokens=num_tokens,
         top_k=top_k,
         row_token_S=sent.row_token_S[:num_rows],
@@ -103,18 +166,38 @@ def make_plan(ids_TK: Tensor, site: Site, link: Link) -> Plan:
         row_slot_SW=sent.row_slot_SW[:num_rows],
         visit_row_TC=sent.visit_row_TC,
         visit_rank_TC=sent.visit_rank_TC,
-        rows_from_rank_P=rows_from_rank_P,
+        rows_of_run=arriving_PN[_in_memory(size, link.transport.rank)].reshape(-1),
         send_rows=send_rows,
         recv_rows=recv_rows,
     )
 
 
-def _rows_of_other_protocol(ids_TK: Tensor, slot_of_expert_E: Tensor, site: Site) -> Tensor:
-    """Rows to every rank, (P,) int32, under the protocol that is not in use: per token and rank, or per copy."""
-    rank_TK = (slot_of_expert_E[ids_TK] // site.slots_per_rank).long()
-    if not site.one_row_per_copy:
-        ranks_N = rank_TK.reshape(-1)
-        rows_P = torch.zeros(site.cut.ep_size, dtype=torch.int32, device=ids_TK.device)
-        return rows_P.scatter_add_(0, ranks_N, torch.ones_like(ranks_N, dtype=torch.int32))
-    visited_TP = torch.zeros(len(ids_TK), site.cut.ep_size, dtype=torch.bool, device=ids_TK.device)
-    return visited_TP.scatter_(1, rank_TK, True).sum(dim=0, dtype=torch.int32)
+def _count_runs(sent: ops.SendTables, run_of_token_T: Tensor, num_runs: int, own_rank: int) -> Tensor:
+    """Rows to every rank by the run their token is of, (P, N) int32."""
+    size = len(sent.rows_per_rank_P)
+    rank_S = torch.tensor(_in_memory(size, own_rank), device=run_of_token_T.device).repeat_interleave(
+        sent.rows_per_rank_P[_in_memory(size, own_rank)].long()
+    )
+    run_S = run_of_token_T[sent.row_token_S[: len(rank_S)].long()]
+    return torch.bincount(rank_S * num_runs + run_S, minlength=size * num_runs).view(size, num_runs).int()
+
+
+def record(ids_TK: Tensor, site: Site, plans: Sequence[Plan]) -> None:
+    """Write the rows of a forward pass into the ledger, beside what two other protocols would have sent.
+
+    One row per copy is `plain`, one row per token and rank `dedup`. On several hops a row that stays on its node is
+    counted where it goes next.
+    """
+    link = plans[0].hop.link
+    ledger, num_ranks = link.ledger, site.cut.ep_size
+    slot_of_id, _ = plans[0].hop.tables(ids_TK.device)
+    rank_TK = (slot_of_id[ids_TK] // site.slots_per_rank).long()
+    visited_TP = torch.zeros(len(ids_TK), num_ranks, dtype=torch.int32, device=ids_TK.device).scatter_(1, rank_TK, 1)
+    plain_P = torch.bincount(rank_TK.reshape(-1), minlength=num_ranks)
+    plain, dedup = torch.stack((plain_P, visited_TP.sum(dim=0))).tolist()
+    ledger.record_rows(link.layer, len(ids_TK), plain=plain, dedup=dedup)
+    for plan in plans:
+        own = plan.hop.link.transport.rank
+        going_on = plan is not plans[-1]
+        sent = [0 if going_on and p == own else n for p, n in enumerate(plan.send_rows)]
+        ledger.record_rows(link.layer, 0, plan.hop.link.tiers, sent=sent)

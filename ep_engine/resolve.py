@@ -11,7 +11,7 @@ from ep_engine.collaboration import collaboration_lists, read_profile
 from ep_engine.config import RunConfig, differing
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence, read_model_config
-from ep_engine.ops import MAX_TOP_K
+from ep_engine.ops import MAX_SHARERS, MAX_TOP_K
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
 from ep_engine.tokens import Batches, TokenFile, heldout_batches
@@ -45,12 +45,13 @@ class Run:
     heldout: TokenFile | None
 
 
-def resolve(config: RunConfig, world_size: int, *, overwrite: bool = False) -> Run:
+def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None, overwrite: bool = False) -> Run:
     """Read and check everything a run needs; touches no output.
 
     Args:
         config: what the user asked for.
         world_size: ranks of the job.
+        ranks_per_node: of the job; None: all on one node.
         overwrite: a run folder that is not empty may be replaced.
 
     Raises:
@@ -64,6 +65,8 @@ def resolve(config: RunConfig, world_size: int, *, overwrite: bool = False) -> R
     checkpoint = resume or config.model.checkpoint
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
     placement = _placement(config, model)
+    if placement is not None:
+        _check_transport(config, placement, ranks_per_node or world_size)
     if config.data.sequence_length > model.max_position_embeddings:
         raise UserError(
             f"data.sequence_length ({config.data.sequence_length}) is longer than the model's positions "
@@ -183,6 +186,34 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
         )
     placement.cut(ep_size)
     return placement
+
+
+def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: int) -> None:
+    name, ep_size = config.moe.transport, config.parallel.expert_parallel_size
+    if name == "shared_memory" and config.parallel.device == "cuda":
+        raise UserError(
+            "moe.transport is shared_memory and parallel.device is cuda, but it is for CPU ranks; use collective"
+        )
+    if name == "shared_memory" and ranks_per_node % ep_size:
+        raise UserError(
+            f"moe.transport is shared_memory, but the {ep_size} ranks of an expert-parallel group do not lie on one "
+            f"node of {ranks_per_node} ranks; use hierarchical or collective"
+        )
+    if name == "shared_memory" and ep_size > MAX_SHARERS:
+        raise UserError(
+            f"moe.transport is shared_memory, which joins at most {MAX_SHARERS} ranks, but "
+            f"parallel.expert_parallel_size is {ep_size}; use collective"
+        )
+    if name == "hierarchical" and (ep_size <= ranks_per_node or ep_size % ranks_per_node):
+        raise UserError(
+            f"moe.transport is hierarchical, but parallel.expert_parallel_size ({ep_size}) is no multiple of the "
+            f"{ranks_per_node} ranks of a node that is larger; use collective or shared_memory"
+        )
+    if name == "hierarchical" and ranks_per_node not in (1, *placement.cut(ep_size).group_sizes_of_ranks):
+        raise UserError(
+            f"moe.transport is hierarchical, but the {ranks_per_node} ranks of a node are no group of the placement's "
+            f"tree {placement.factors}; place again with --nodes {ep_size // ranks_per_node}"
+        )
 
 
 def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -> ModelConfig:

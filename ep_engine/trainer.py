@@ -101,6 +101,9 @@ class Trainer:
             device=device,
             dtype=getattr(torch, self.config.train.dtype),
             one_row_per_copy=self.config.moe.combine == "per_expert",
+            transport=self.config.moe.transport,
+            fp8=self.config.moe.fp8_dispatch,
+            timeout_s=self.config.parallel.timeout_s,
         )
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.step = self.first_step = self._load()

@@ -1,10 +1,13 @@
-"""Transport: how rows get from rank to rank. The only place that moves them; gradients are the callers' business.
+"""Transport: how messages get from rank to rank. The only place that moves them; gradients are the callers' business.
 
-Every transport sends `send_rows[p]` consecutive rows to rank p of its group, the others first in rank order and the
-own rank's last, and returns what arrived in the same order. Rows for the own rank are copied and never sent.
+An exchange sends `send_rows[p]` consecutive messages to rank p of its group, the others first in rank order and the own
+rank's last, and what arrives stands in the same order. The caller writes the messages where the transport says, which
+may be another rank's memory, and then finishes the exchange. Messages for the own rank are never sent.
+
+Shape letters:  P ranks of the group   S messages sent   R messages received   B bytes of one message
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -25,19 +28,50 @@ def lost_peer(error: RuntimeError, group: dist.ProcessGroup, axis: str, where: s
     )
 
 
+class Exchange(Protocol):
+    """Messages on their way. Write those of each part, then `finish`."""
+
+    parts: list[tuple[slice, Tensor]]
+    """Which of the S messages, and (n, B) uint8 to write them to; together they are all."""
+    streaming: bool
+    """Whether another core will read what is written: then it should not stay in this core's caches."""
+
+    def finish(self) -> Tensor:
+        """Wait for all that comes: (R, B) uint8."""
+        ...
+
+
 class Transport(Protocol):
-    """Moves rows between the ranks of one expert-parallel group."""
+    """Moves messages between the ranks of one group."""
 
     rank: int
     size: int
 
-    def exchange_counts(self, rows_per_rank_P: Tensor, where: str) -> Tensor:
-        """Tell every rank how many rows it will get; returns the rows to expect from each, own rank included."""
+    def exchange_counts(self, counts_PN: Tensor, where: str) -> Tensor:
+        """Row p goes to rank p; returns (P, N) int32, row p from rank p."""
         ...
 
-    def exchange(self, rows: Tensor, send_rows: list[int], recv_rows: list[int], where: str) -> Tensor:
-        """Send rows (sum of send_rows, ...) and return (sum of recv_rows, ...); `where` names the call in a fault."""
+    def begin(
+        self, send_rows: list[int], recv_rows: list[int], num_bytes: int, device: torch.device, where: str
+    ) -> Exchange:
+        """Begin to exchange messages of `num_bytes` bytes; `where` names the call in a fault."""
         ...
+
+
+@dataclass
+class Kept:
+    """Messages that stay here."""
+
+    received_RB: Tensor
+    streaming: bool = False
+    parts: list[tuple[slice, Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = [(slice(0, len(self.received_RB)), self.received_RB)]
+
+    def finish(self) -> Tensor:
+        """The messages themselves."""
+        return self.received_RB
 
 
 class Alone:
@@ -45,13 +79,15 @@ class Alone:
 
     rank, size = 0, 1
 
-    def exchange_counts(self, rows_per_rank_P: Tensor, where: str) -> Tensor:
+    def exchange_counts(self, counts_PN: Tensor, where: str) -> Tensor:
         """What comes is what goes."""
-        return rows_per_rank_P
+        return counts_PN
 
-    def exchange(self, rows: Tensor, send_rows: list[int], recv_rows: list[int], where: str) -> Tensor:
-        """The rows themselves."""
-        return rows
+    def begin(
+        self, send_rows: list[int], recv_rows: list[int], num_bytes: int, device: torch.device, where: str
+    ) -> Exchange:
+        """Room for the messages."""
+        return Kept(torch.empty(sum(recv_rows), num_bytes, dtype=torch.uint8, device=device))
 
 
 class Collective:
@@ -61,44 +97,81 @@ class Collective:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def exchange_counts(self, rows_per_rank_P: Tensor, where: str) -> Tensor:
-        """One int32 to and from every rank."""
-        received_P = torch.empty_like(rows_per_rank_P)
-        self._all_to_all(received_P, rows_per_rank_P, None, None, where)
-        return received_P
+    def exchange_counts(self, counts_PN: Tensor, where: str) -> Tensor:
+        """A few int32 to and from every rank."""
+        received_PN = torch.empty_like(counts_PN)
+        self.all_to_all(received_PN, counts_PN.contiguous(), None, None, where)
+        return received_PN
 
-    def exchange(self, rows: Tensor, send_rows: list[int], recv_rows: list[int], where: str) -> Tensor:
-        """One all-to-all of everything but the own rows."""
-        own, total = send_rows[self.rank], sum(recv_rows)
-        received = rows.new_empty(total, *rows.shape[1:])
-        recv, send = ([0 if p == self.rank else n for p, n in enumerate(counts)] for counts in (recv_rows, send_rows))
-        self._all_to_all(received[: total - own], rows[: len(rows) - own], recv, send, where)
-        received[total - own :] = rows[len(rows) - own :]
-        return received
+    def begin(
+        self, send_rows: list[int], recv_rows: list[int], num_bytes: int, device: torch.device, where: str
+    ) -> Exchange:
+        """A buffer for what is sent, and one for what comes, the own messages in it already."""
+        return _CollectiveExchange(self, send_rows, recv_rows, num_bytes, device, where)
 
-    def _all_to_all(
+    def all_to_all(
         self, out: Tensor, given: Tensor, recv: list[int] | None, send: list[int] | None, where: str
     ) -> None:
+        """The collective, its failure a Fault."""
         try:
-            dist.all_to_all_single(out, given.contiguous(), recv, send, group=self.group)
+            dist.all_to_all_single(out, given, recv, send, group=self.group)
         except RuntimeError as error:
             raise lost_peer(error, self.group, "ep", where) from error
 
 
+class _CollectiveExchange:
+    streaming = False
+
+    def __init__(
+        self,
+        transport: Collective,
+        send_rows: list[int],
+        recv_rows: list[int],
+        num_bytes: int,
+        device: torch.device,
+        where: str,
+    ) -> None:
+        own = send_rows[transport.rank]
+        self.transport, self.where = transport, where
+        self.num_sent, self.num_foreign = sum(send_rows) - own, sum(recv_rows) - own
+        self.send_rows, self.recv_rows = (
+            [0 if p == transport.rank else n for p, n in enumerate(counts)] for counts in (send_rows, recv_rows)
+        )
+        self.sent_SB = torch.empty(self.num_sent, num_bytes, dtype=torch.uint8, device=device)
+        self.received_RB = torch.empty(self.num_foreign + own, num_bytes, dtype=torch.uint8, device=device)
+        self.parts = [
+            (slice(0, self.num_sent), self.sent_SB),
+            (slice(self.num_sent, self.num_sent + own), self.received_RB[self.num_foreign :]),
+        ]
+
+    def finish(self) -> Tensor:
+        """One all-to-all of everything but the own messages."""
+        foreign = self.received_RB[: self.num_foreign]
+        self.transport.all_to_all(foreign, self.sent_SB, self.recv_rows, self.send_rows, self.where)
+        return self.received_RB
+
+
 @dataclass(frozen=True)
 class Link:
-    """One layer's end of the transport: moves rows and writes them into the ledger."""
+    """One layer's end of the transport: moves messages and writes them into the ledger."""
 
     transport: Transport
     ledger: Ledger
     layer: int
+    tiers: list[str] | None = None  # [P] of the ranks of the transport's group; None: those of the ledger
 
-    def exchange_counts(self, rows_per_rank_P: Tensor) -> Tensor:
-        """Rows to expect from every rank, (P,) int32."""
-        return self.transport.exchange_counts(rows_per_rank_P, f"counts of layer {self.layer}")
+    def exchange_counts(self, counts_PN: Tensor) -> Tensor:
+        """Counts from every rank, (P, N) int32."""
+        return self.transport.exchange_counts(counts_PN, f"counts of layer {self.layer}")
 
-    def exchange(self, rows: Tensor, send_rows: list[int], recv_rows: list[int], direction: str) -> Tensor:
-        """Move rows; `direction` is one of the ledger's."""
-        bytes_per_row = rows.element_size() * rows[0:1].numel() if len(rows) else 0
-        self.ledger.record_bytes(self.layer, direction, send_rows, bytes_per_row)
-        return self.transport.exchange(rows, send_rows, recv_rows, f"{direction} of layer {self.layer}")
+    def begin(
+        self, send_rows: list[int], recv_rows: list[int], num_bytes: int, device: torch.device, direction: str
+    ) -> Exchange:
+        """Begin an exchange; `direction` is one of the ledger's."""
+        self.record(send_rows, num_bytes, direction)
+        where = f"{direction} of layer {self.layer}"
+        return self.transport.begin(send_rows, recv_rows, num_bytes, device, where)
+
+    def record(self, send_rows: list[int], num_bytes: int, direction: str) -> None:
+        """Write messages into the ledger."""
+        self.ledger.record_bytes(self.layer, direction, send_rows, num_bytes, self.tiers)

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
-    "ops", "placement", "ledger", "reference", "transport",  # what the data path stands on
+    "ops", "placement", "ledger", "reference", "message", "transport", "shared_memory",  # what the data path stands on
     "router", "plan", "dispatch", "experts", "combine",  # the data path
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "checkpoint", "initial", "collaboration",  # what it reads and writes
-    "mesh", "parallelize", "optimizer", "evaluate", "resolve", "trainer",  # what trains it
+    "mesh", "connect", "parallelize", "optimizer", "evaluate", "resolve", "trainer",  # what trains it
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
 ]  # fmt: skip
 

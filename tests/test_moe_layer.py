@@ -102,16 +102,13 @@ def test_twice_the_same_bits() -> None:
 
 def test_threads_over_experts_give_the_bits_of_one_thread() -> None:
     layer, x_TD, grad = make_layer(8, 2, 4), torch.randn(300, D), torch.randn(300, D)
+    set_routing(layer, torch.stack([torch.randperm(7)[:2] for _ in range(300)]))  # the last one idle
     threads = torch.get_num_threads()
     results: list[Any] = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        layer.zero_grad()
-        x_ND = x_TD.clone().requires_grad_()
-        y_ND = layer.experts(x_ND, [100, 0, 50, 1, 49, 0, 60, 40])
-        y_ND.backward(grad)
+        results.append(forward_and_grads(layer, x_TD, grad))
         assert torch.get_num_threads() == count
-        results.append([y_ND.detach(), x_ND.grad, *(p.grad for p in layer.experts.parameters())])
     torch.set_num_threads(threads)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

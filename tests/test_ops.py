@@ -26,15 +26,8 @@ def test_a_token_has_one_row_per_rank_and_the_own_rank_stands_last() -> None:
     # rows:         rank 0: token 0, token 2;  rank 2: token 0, token 1;  own: token 1, token 2
     assert sent.rows_per_rank_P.tolist() == [2, 2, 2]
     assert sent.row_token_S.tolist() == [0, 2, 0, 1, 1, 2, -1, -1, -1]
-    assert sent.row_slot_SW[:6].tolist() == [[0, 1, -1], [0, 1, -1], [1, -1, -1], [0, -1, -1], [0, 1, -1], [0, -1, -1]]
-    assert sent.row_choice_SW[:6].tolist() == [
-        [1, 2, -1],
-        [0, 1, -1],
-        [0, -1, -1],
-        [2, -1, -1],
-        [1, 0, -1],
-        [2, -1, -1],
-    ]
+    assert sent.row_slot_SW[:6].tolist() == [[0, 1], [0, 1], [1, -1], [0, -1], [0, 1], [0, -1]]
+    assert sent.row_choice_SW[:6].tolist() == [[1, 2], [6, 7], [0, -1], [5, -1], [4, 3], [8, -1]]
     assert sent.visit_row_TC.tolist() == [[0, 2, -1], [4, 3, -1], [1, 5, -1]]
     assert sent.visit_rank_TC.tolist() == [[0, 2, -1], [1, 2, -1], [0, 1, -1]]
 
@@ -53,7 +46,7 @@ def test_one_row_per_copy_stands_in_the_order_of_expert_ids() -> None:
 def test_arrived_rows_are_grouped_by_slot_in_the_order_of_global_tokens() -> None:
     # from rank 0: rows 0 1; from rank 2: row 2; own (rank 1): rows 3 4, which come between them
     row_slot_RW = int32([[0, 1], [1, -1], [0, 1], [1, -1], [0, 1]])
-    tables = ops.plan_arrival(row_slot_RW, int32([2, 2, 1]), own_rank=1, num_slots=3)
+    tables = ops.plan_arrival(row_slot_RW, int32([2, 1, 2]), int32([0, 2, 1]), num_slots=3)
     assert tables.rows_per_slot_L.tolist() == [3, 5, 0]
     assert tables.copy_row_N.tolist() == [0, 4, 2, 0, 1, 3, 4, 2, -1, -1]
     assert tables.position_RW.tolist() == [[0, 3], [4, -1], [2, 7], [5, -1], [1, 6]]
@@ -106,7 +99,9 @@ def test_plan_send_is_the_plain_loop(case: dict[str, Any], one_row_per_copy: boo
     for row, (rank, token, experts) in enumerate(rows):
         empty = [-1] * (width - len(experts))
         assert sent.row_slot_SW[row].tolist() == [slots[e] - rank * per_rank for e in experts] + empty
-        assert sent.row_choice_SW[row].tolist() == [ids[token].index(e) for e in experts] + empty
+        assert (
+            sent.row_choice_SW[row].tolist() == [token * case["top_k"] + ids[token].index(e) for e in experts] + empty
+        )
     for token, visited in enumerate(sent.visit_row_TC.tolist()):
         found = [(sent.visit_rank_TC[token, c].item(), row) for c, row in enumerate(visited) if row >= 0]
         assert sorted(row for _, row in found) == [row for row, (_, t, _) in enumerate(rows) if t == token]
@@ -116,21 +111,21 @@ def test_plan_send_is_the_plain_loop(case: dict[str, Any], one_row_per_copy: boo
 
 @given(case=routings(), seed=st.integers(0, 99))
 def test_plan_arrival_is_the_plain_loop(case: dict[str, Any], seed: int) -> None:
-    """Rows of random sources, each with some distinct slots."""
+    """Runs of random lengths in a random order, each row with some distinct slots."""
     generator = torch.Generator().manual_seed(seed)
-    num_slots, own, width = case["per_rank"], case["own"], min(case["per_rank"], 3)
+    num_slots, width = case["per_rank"], min(case["per_rank"], 3)
     counts = torch.randint(0, 4, (case["num_ranks"],), generator=generator).tolist()
+    order = torch.randperm(case["num_ranks"], generator=generator).tolist()
     num_rows = sum(counts)
     slots = [
         sorted(torch.randperm(num_slots, generator=generator)[: int(n)].tolist())
         for n in torch.randint(1, width + 1, (num_rows,), generator=generator)
     ]
     row_slot_RW = int32([row + [-1] * (width - len(row)) for row in slots]).view(num_rows, width)
-    tables = ops.plan_arrival(row_slot_RW, int32(counts), own_rank=own, num_slots=num_slots)
+    tables = ops.plan_arrival(row_slot_RW, int32(counts), int32(order), num_slots=num_slots)
 
-    last = num_rows - counts[own]
-    before = sum(counts[:own])
-    in_token_order = [*range(before), *range(last, num_rows), *range(before, last)]
+    begins = [sum(counts[:run]) for run in range(len(counts))]
+    in_token_order = [row for run in order for row in range(begins[run], begins[run] + counts[run])]
     copies = [(slot, row) for slot in range(num_slots) for row in in_token_order if slot in slots[row]]
     assert tables.rows_per_slot_L.tolist() == [sum(slot in row for row in slots) for slot in range(num_slots)]
     assert tables.copy_row_N.tolist()[: len(copies)] == [row for _, row in copies]
@@ -148,7 +143,7 @@ def test_gather_copies_bits_and_leaves_rows_without_a_source_alone(dtype: torch.
     x = torch.randn(5, dim).to(dtype)
     x[0, 0] = torch.nan
     out = torch.full((4, dim), 3.0, dtype=dtype)
-    torch.ops.ep_engine.gather_rows(x, int32([4, -1, 0, 4]), None, out)
+    torch.ops.ep_engine.gather_rows(x, int32([4, -1, 0, 4]), None, False, out)
     expected = torch.stack([x[4], torch.full((dim,), 3.0, dtype=dtype), x[0], x[4]])
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -213,14 +208,6 @@ def test_a_subtree_may_be_summed_elsewhere(tree: tuple[list[int], list[list[int]
                 assert torch.equal(reference.tree_sum(summed, above, torch.bfloat16), whole)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_gradients_are_dot_products(dtype: torch.dtype) -> None:
-    grad, y = torch.randn(2, 37).to(dtype), torch.randn(4, 37).to(dtype)
-    found = ops.combine_rows_weight_grad(grad, y, int32([[3, 0, -1], [-1, -1, -1]]))
-    expected = torch.tensor([[grad[0].double() @ y[3].double(), grad[0].double() @ y[0].double(), 0], [0, 0, 0]])
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("inner", [1, 7, 10, 64])
 def test_a_row_of_logits_depends_on_nothing_but_itself(inner: int) -> None:
     x, w = torch.randn(50, inner), torch.randn(9, inner)
@@ -283,6 +270,6 @@ def test_ops_are_described_to_the_compiler() -> None:
     counts_EE, x = torch.zeros(3, 3, dtype=torch.int64), torch.randn(2, 4)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.ep_engine.count_pairs.default, (ids_TK, counts_EE), test_utils=checks)
-    torch.library.opcheck(torch.ops.ep_engine.gather_rows.default, (x, row, None, x.clone()), test_utils=checks)
-    combine = (x, int32([[0, 1]]), int32([[0, 1]]), None, [2], x[:1].clone())
+    torch.library.opcheck(torch.ops.ep_engine.gather_rows.default, (x, row, None, False, x.clone()), test_utils=checks)
+    combine = (x, int32([[0, 1]]), int32([[0, 1]]), None, [2], False, x[:1].clone())
     torch.library.opcheck(torch.ops.ep_engine.combine_rows.default, combine, test_utils=checks)

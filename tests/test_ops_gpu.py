@@ -40,9 +40,10 @@ def test_plans_are_the_same(num_tokens: int, one_row_per_copy: bool, own_rank: i
     sent = send(ids_TK, slots_E)
     rows = int(sent.rows_per_rank_P.sum())
     same_on_both(
-        lambda row_slot, counts: ops.plan_arrival(row_slot, counts, own_rank=own_rank, num_slots=8),
+        lambda row_slot, counts, order: ops.plan_arrival(row_slot, counts, order, num_slots=8),
         sent.row_slot_SW[:rows],
         sent.rows_per_rank_P,
+        torch.randperm(8).int(),
     )
 
 
@@ -61,12 +62,7 @@ def test_moves_and_sums_have_the_same_bits(dtype: torch.dtype, dim: int) -> None
         same_on_both(ops.combine_rows, y, index, leaf, torch.randn(500, 4), sizes)
 
 
-def test_dot_products_and_counts() -> None:
-    grad, y = torch.randn(50, 512), torch.randn(99, 512)
-    index = torch.randint(-1, 99, (50, 4)).int()
-    here = ops.combine_rows_weight_grad(grad, y, index)
-    there = ops.combine_rows_weight_grad(grad.cuda(), y.cuda(), index.cuda()).cpu()
-    torch.testing.assert_close(here, there)  # another order of additions
+def test_counts_are_the_same() -> None:
     ids_TK = torch.rand(5000, 60).topk(4).indices
     counts = torch.zeros(60, 60, dtype=torch.int64)
     counts_there = counts.cuda()

@@ -1,5 +1,7 @@
-"""The same bits on 1, 2 and 4 ranks, and a ledger that says what the receivers counted."""
+"""The same bits on 1, 2, 4 and 8 ranks and over every transport, and a ledger that says what the receivers counted."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_engine.transport import Alone, Collective
+from ep_engine.transport import Collective
 from tests.distributed import run_ranks
-from tests.moe_cases import D, make_layer, set_routing
+from tests.moe_cases import D, links_between, make_layer, set_routing
 
-T, E, K, DEVICES = 90, 10, 3, 4  # 10 experts on 4 devices: two devices have an empty slot
-TOKENS = {1: [T], 2: [37, 53], 4: [37, 0, 33, 20]}  # uneven on purpose, one rank has none
+T, K = 90, 3
+TOKENS = {1: [T], 2: [37, 53], 4: [37, 0, 33, 20], 8: [17, 0, 20, 13, 11, 9, 0, 20]}  # uneven, some have none
+# Experts and devices of a placement; its tree has the prime factors of the devices: two levels, three, empty slots.
+PLACEMENTS = {"10 on 4": (10, 4), "60 on 8": (60, 8)}
 
 
 class Counting(Collective):
@@ -23,12 +27,10 @@ class Counting(Collective):
         super().__init__(group)
         self.bytes_from_others: dict[str, int] = {}
 
-    def exchange(self, rows: Tensor, send_rows: list[int], recv_rows: list[int], where: str) -> Tensor:
-        received = super().exchange(rows, send_rows, recv_rows, where)
-        foreign = sum(n for rank, n in enumerate(recv_rows) if rank != self.rank)
+    def all_to_all(self, out: Tensor, given: Tensor, recv: Any, send: Any, where: str) -> None:
+        super().all_to_all(out, given, recv, send, where)
         direction = where.split()[0]
-        self.bytes_from_others[direction] = self.bytes_from_others.get(direction, 0) + received[:foreign].nbytes
-        return received
+        self.bytes_from_others[direction] = self.bytes_from_others.get(direction, 0) + out.nbytes
 
 
 ROUTINGS = {
@@ -38,16 +40,41 @@ ROUTINGS = {
 }
 
 
-def run_layer(rank: int, world_size: int, dtype: torch.dtype, routing: str, mode: bool, folder: Path) -> None:
+@dataclass(frozen=True)
+class Case:
+    """One problem, and how it is solved."""
+
+    placement: str = "10 on 4"
+    dtype: torch.dtype = torch.float32
+    routing: str = "learned"
+    transport: str = "collective"
+    one_row_per_copy: bool = False
+    fp8: bool = False
+    seed: int = 1
+
+
+def run_layer(rank: int, world_size: int, case: Case, folder: Path) -> None:
     """Forward and backward on this rank's tokens of one global problem; the results go to a file."""
-    transport = Counting(dist.group.WORLD) if world_size > 1 else Alone()
-    tiers = ["self" if r == rank else "node" for r in range(world_size)]
-    layer = make_layer(E, K, DEVICES, transport=transport, dtype=dtype, one_row_per_copy=mode, tiers=tiers)
-    generator = torch.Generator().manual_seed(1)
+    links = links_between(case.transport, rank, world_size)
+    if case.transport == "collective" and world_size > 1:
+        links = (replace(links[0], transport=Counting(dist.group.WORLD)),)
+    num_experts, devices = PLACEMENTS[case.placement]
+    dtype = case.dtype
+    layer = make_layer(
+        num_experts,
+        K,
+        devices,
+        links=links,
+        rank=rank,
+        dtype=dtype,
+        one_row_per_copy=case.one_row_per_copy,
+        fp8=case.fp8,
+    )
+    generator = torch.Generator().manual_seed(case.seed)
     x_TD, grad_TD = (torch.randn(T, D, generator=generator).to(dtype) for _ in range(2))
     first = sum(TOKENS[world_size][:rank])
     mine = slice(first, first + TOKENS[world_size][rank])
-    ids_TK = ROUTINGS[routing]
+    ids_TK = ROUTINGS[case.routing]
     if ids_TK is not None:
         set_routing(layer, ids_TK[mine])
     x = x_TD[mine].clone().requires_grad_()
@@ -62,8 +89,8 @@ def run_layer(rank: int, world_size: int, dtype: torch.dtype, routing: str, mode
         "grad_weights": weights[0],
         "experts": {e: [p.grad[row] for p in layer.experts.parameters()] for row, e in enumerate(here) if e >= 0},
         "arrived": layer.experts.w_up.grad.abs().sum().item() > 0,
-        "ledger": layer.link.ledger.gathered(dist.group.WORLD if world_size > 1 else None).to_json(),
-        "received": getattr(transport, "bytes_from_others", {}),
+        "ledger": layer.ledger.gathered(dist.group.WORLD if world_size > 1 else None).to_json(),
+        "received": getattr(links[0].transport, "bytes_from_others", {}),
     }
     torch.save(result, folder / f"{world_size}-{rank}.pt")
 
@@ -81,36 +108,61 @@ def results(folder: Path, world_size: int) -> tuple[dict[str, Any], list[dict[st
     return whole, parts
 
 
+def assert_same_bits(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["y"].abs().max() > 0.1
+    for name in ("y", "grad_x", "grad_weights"):
+        assert torch.equal(one[name], other[name]), name
+    assert one["experts"].keys() == other["experts"].keys()
+    for expert, grads in one["experts"].items():
+        assert all(torch.equal(a, b) for a, b in zip(grads, other["experts"][expert], strict=True)), expert
+
+
+def check_sizes(case: Case, sizes: Sequence[int], folder: Path) -> None:
+    """One process by the plain way, and then the case on several ranks."""
+    run_ranks(run_layer, case, folder, world_size=1)
+    one, _ = results(folder, 1)
+    assert len(one["experts"]) == PLACEMENTS[case.placement][0]
+    for world_size in sizes:
+        run_ranks(run_layer, case, folder, world_size=world_size)
+        other, parts = results(folder, world_size)
+        if case.routing == "all to one rank":
+            assert [part["arrived"] for part in parts] == [True] + [False] * (world_size - 1)
+        assert_same_bits(one, other)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_one_two_and_four_ranks_give_the_same_bits(dtype: torch.dtype, routing: str, tmp_path: Path) -> None:
-    for world_size in TOKENS:
-        run_ranks(run_layer, dtype, routing, False, tmp_path, world_size=world_size)
-    one, _ = results(tmp_path, 1)
-    assert one["y"].abs().max() > 0.1
-    for world_size in (2, 4):
-        other, parts = results(tmp_path, world_size)
-        if routing == "all to one rank":
-            assert [part["arrived"] for part in parts] == [True] + [False] * (world_size - 1)
-        for name in ("y", "grad_x", "grad_weights"):
-            assert torch.equal(one[name], other[name]), (world_size, name)
-        assert one["experts"].keys() == other["experts"].keys() == set(range(E))
-        for expert, grads in one["experts"].items():
-            assert all(torch.equal(a, b) for a, b in zip(grads, other["experts"][expert], strict=True)), expert
+    check_sizes(Case(dtype=dtype, routing=routing), (2, 4), tmp_path)
 
 
-def test_one_row_per_copy_gives_the_same_bits_too(tmp_path: Path) -> None:
-    for world_size in TOKENS:
-        run_ranks(run_layer, torch.bfloat16, "learned", True, tmp_path, world_size=world_size)
-    one, _ = results(tmp_path, 1)
-    for world_size in (2, 4):
-        other, _ = results(tmp_path, world_size)
-        assert all(torch.equal(one[name], other[name]) for name in ("y", "grad_x", "grad_weights"))
+@pytest.mark.parametrize("transport", ["shared_memory", "hierarchical"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_transport_gives_the_same_bits(dtype: torch.dtype, transport: str, tmp_path: Path) -> None:
+    sizes = (2, 4) if transport == "shared_memory" else (4,)
+    check_sizes(Case(dtype=dtype, transport=transport), sizes, tmp_path)
+
+
+@pytest.mark.parametrize("transport", ["collective", "shared_memory", "hierarchical"])
+def test_sixty_experts_on_eight_devices_give_the_same_bits(transport: str, tmp_path: Path) -> None:
+    sizes = (2, 4, 8) if transport == "collective" else (8,)
+    check_sizes(Case("60 on 8", torch.bfloat16, transport=transport), sizes, tmp_path)
+
+
+@pytest.mark.parametrize("transport", ["collective", "shared_memory", "hierarchical"])
+def test_one_row_per_copy_gives_the_same_bits_too(transport: str, tmp_path: Path) -> None:
+    sizes = (4,) if transport == "hierarchical" else (2, 4)
+    check_sizes(Case(dtype=torch.bfloat16, transport=transport, one_row_per_copy=True), sizes, tmp_path)
+
+
+@pytest.mark.parametrize("transport", ["collective", "shared_memory", "hierarchical"])
+def test_rows_in_eight_bits_give_the_same_bits_too(transport: str, tmp_path: Path) -> None:
+    check_sizes(Case(dtype=torch.bfloat16, transport=transport, fp8=True), (4,), tmp_path)
 
 
 @pytest.mark.parametrize("mode", [False, True], ids=["per_device", "per_expert"])
 def test_the_ledger_is_what_the_receivers_counted(mode: bool, tmp_path: Path) -> None:
-    run_ranks(run_layer, torch.float32, "learned", mode, tmp_path, world_size=4)
+    run_ranks(run_layer, Case(one_row_per_copy=mode), tmp_path, world_size=4)
     _, parts = results(tmp_path, 4)
     (layer,) = parts[0]["ledger"]["layers"]
     for direction, tiers in layer["bytes"].items():
@@ -121,7 +173,6 @@ def test_the_ledger_is_what_the_receivers_counted(mode: bool, tmp_path: Path) ->
     assert rows["plain"]["node"] + rows["plain"]["self"] == T * K
     assert rows["sent"] == rows["plain" if mode else "dedup"]
     assert rows["dedup"]["node"] < rows["plain"]["node"]
-    row_bytes = layer["bytes"]["combine"]["node"] // rows["sent"]["node"]
-    assert row_bytes == D * 4
-    words = 4 if mode else 8 * K  # slots, and weights where they travel
-    assert layer["bytes"]["dispatch"]["node"] == rows["sent"]["node"] * (row_bytes + words)
+    assert layer["bytes"]["combine"]["node"] == rows["sent"]["node"] * D * 4
+    width = 1 if mode else K  # a slot and a weight each; a message is a multiple of 16 bytes
+    assert layer["bytes"]["dispatch"]["node"] == rows["sent"]["node"] * -(-(D * 4 + 8 * width) // 16) * 16

@@ -16,20 +16,12 @@ void count_pairs(const Tensor& expert_ids, const Tensor& counts) {
       .top_k = top_k,
       .num_experts = num_experts,
       .counts = data<int64_t>(counts, "counts", num_experts * num_experts, expert_ids)};
-#ifdef EP_WITH_CUDA
-  if (expert_ids.is_cuda()) {
-    on_stream(expert_ids, "count_pairs", [&](cudaStream_t stream) { return count_pairs_cuda(args, stream); });
-    return;
-  }
-#endif
+  EP_RETURN_IF_CUDA(expert_ids, count_pairs_cuda, args)
   count_pairs_cpu(args);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ep_engine, CPU, m) { m.impl("count_pairs", TORCH_BOX(&count_pairs)); }
-#ifdef EP_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(ep_engine, CUDA, m) { m.impl("count_pairs", TORCH_BOX(&count_pairs)); }
-#endif
+EP_REGISTER({ m.impl("count_pairs", TORCH_BOX(&count_pairs)); })
 
 }  // namespace ep

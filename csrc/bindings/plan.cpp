@@ -26,7 +26,7 @@ void plan_send(const Tensor& expert_ids,
       top_k >= 1 && top_k <= kMaxTopK, "plan_send: top_k must be in 1..", kMaxTopK, ", got ", top_k);
   STD_TORCH_CHECK(
       own_rank >= 0 && own_rank < num_ranks, "plan_send: own_rank must be a rank, got ", own_rank);
-  const int64_t width = one_row_per_copy ? 1 : top_k;
+  const int64_t width = one_row_per_copy ? 1 : top_k < slots_per_rank ? top_k : slots_per_rank;
   const int64_t visits = one_row_per_copy || top_k < num_ranks ? top_k : num_ranks;
   const int64_t capacity = num_tokens * visits;
   const PlanSendArgs args{
@@ -34,6 +34,7 @@ void plan_send(const Tensor& expert_ids,
       .slot_of_expert = data<int32_t>(slot_of_expert, "slot_of_expert", slot_of_expert.numel(), first),
       .num_tokens = num_tokens,
       .top_k = top_k,
+      .num_experts = slot_of_expert.numel(),
       .num_ranks = num_ranks,
       .slots_per_rank = slots_per_rank,
       .own_rank = own_rank,
@@ -47,62 +48,46 @@ void plan_send(const Tensor& expert_ids,
       .visit_row = data<int32_t>(visit_row, "visit_row", capacity, first),
       .visit_rank = data<int32_t>(visit_rank, "visit_rank", capacity, first),
       .scratch = data<int32_t>(scratch, "scratch", scratch_size(num_tokens, num_ranks), first)};
-#ifdef EP_WITH_CUDA
-  if (first.is_cuda()) {
-    on_stream(first, "plan_send", [&](cudaStream_t stream) { return plan_send_cuda(args, stream); });
-    return;
-  }
-#endif
-  plan_send_cpu(args);
+  EP_RETURN_IF_CUDA(first, plan_send_cuda, args)
+  plan_send_cpu(args, chunks_in_parallel);
 }
 
 void plan_arrival(const Tensor& row_slot,
-                  const Tensor& rows_from_rank,
-                  int64_t own_rank,
+                  const Tensor& rows_of_run,
+                  const Tensor& run_order,
                   const Tensor& rows_per_slot,
                   const Tensor& position,
                   const Tensor& copy_row,
+                  const Tensor& copy_column,
                   const Tensor& scratch) {
   STD_TORCH_CHECK(row_slot.dim() == 2, "plan_arrival: row_slot must be a matrix");
   const Tensor& first = row_slot;
   const int64_t num_rows = first.size(0), width = first.size(1);
-  const int64_t num_ranks = rows_from_rank.numel(), num_slots = rows_per_slot.numel();
+  const int64_t num_runs = rows_of_run.numel(), num_slots = rows_per_slot.numel();
   STD_TORCH_CHECK(
       width >= 1 && width <= kMaxTopK, "plan_arrival: row_slot must have 1..", kMaxTopK, " columns");
-  STD_TORCH_CHECK(
-      own_rank >= 0 && own_rank < num_ranks, "plan_arrival: own_rank must be a rank, got ", own_rank);
   const PlanArrivalArgs args{
       .row_slot = data<int32_t>(row_slot, "row_slot", num_rows * width, first),
-      .rows_from_rank = data<int32_t>(rows_from_rank, "rows_from_rank", num_ranks, first),
+      .rows_of_run = data<int32_t>(rows_of_run, "rows_of_run", num_runs, first),
+      .run_order = data<int32_t>(run_order, "run_order", num_runs, first),
       .num_rows = num_rows,
       .row_width = width,
-      .num_ranks = num_ranks,
-      .own_rank = own_rank,
+      .num_runs = num_runs,
       .num_slots = num_slots,
       .rows_per_slot = data<int32_t>(rows_per_slot, "rows_per_slot", num_slots, first),
       .position = data<int32_t>(position, "position", num_rows * width, first),
       .copy_row = data<int32_t>(copy_row, "copy_row", num_rows * width, first),
+      .copy_column = data<int32_t>(copy_column, "copy_column", num_rows * width, first),
       .scratch = data<int32_t>(scratch, "scratch", scratch_size(num_rows, num_slots), first)};
-#ifdef EP_WITH_CUDA
-  if (first.is_cuda()) {
-    on_stream(first, "plan_arrival", [&](cudaStream_t stream) { return plan_arrival_cuda(args, stream); });
-    return;
-  }
-#endif
-  plan_arrival_cpu(args);
+  EP_RETURN_IF_CUDA(first, plan_arrival_cuda, args)
+  plan_arrival_cpu(args, chunks_in_parallel);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(ep_engine, CPU, m) {
+EP_REGISTER({
   m.impl("plan_send", TORCH_BOX(&plan_send));
   m.impl("plan_arrival", TORCH_BOX(&plan_arrival));
-}
-#ifdef EP_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(ep_engine, CUDA, m) {
-  m.impl("plan_send", TORCH_BOX(&plan_send));
-  m.impl("plan_arrival", TORCH_BOX(&plan_arrival));
-}
-#endif
+})
 
 }  // namespace ep

@@ -1,40 +1,50 @@
 #include "gather_rows.h"
 
-#include <cstddef>
+#include <vector>
+
+#include "vectorise.h"
 
 namespace ep {
 namespace {
 
-template <typename T>
-void scale_rows(const GatherRowsArgs& args, int64_t begin, int64_t end) {
-  for (int64_t n = begin; n < end; ++n) {
-    if (args.row[n] < 0) continue;
-    const T* x = static_cast<const T*>(args.x) + args.row[n] * args.dim;
-    T* out = static_cast<T*>(args.out) + n * args.dim;
-    const float weight = args.weight[n];
-    for (int64_t d = 0; d < args.dim; ++d) out[d] = from_float<T>(weight * to_float(x[d]));
+void write(void* out, const void* row, int64_t bytes, bool streaming) {
+  if (streaming) {
+    stream_bytes(out, row, bytes);
+  } else {
+    std::memcpy(out, row, bytes);
   }
 }
 
-void copy_rows(const GatherRowsArgs& args, int64_t begin, int64_t end) {
-  const int64_t row_bytes = args.dim * (args.type == ElementType::kFloat32 ? 4 : 2);
-  const auto* x = static_cast<const std::byte*>(args.x);
-  auto* out = static_cast<std::byte*>(args.out);
+template <typename T>
+void gather(const GatherRowsArgs& args, int64_t begin, int64_t end) {
+  std::vector<T> scaled(args.weight == nullptr ? 0 : args.dim);
   for (int64_t n = begin; n < end; ++n) {
-    if (args.row[n] >= 0) std::memcpy(out + n * row_bytes, x + args.row[n] * row_bytes, row_bytes);
+    if (args.row[n] < 0) continue;
+    const T* row = static_cast<const T*>(args.x) + args.row[n] * args.x_stride;
+    T* out = static_cast<T*>(args.out) + n * args.out_stride;
+    if (args.weight != nullptr) {
+      const float weight = args.weight[n];
+      T* product = scaled.data();
+      for (int64_t d = 0; d < args.dim; ++d) product[d] = from_float<T>(weight * to_float(row[d]));
+      row = product;
+    }
+    write(out, row, args.dim * sizeof(T), args.streaming);
   }
+  finish_stream();
+}
+
+EP_VECTORISED void gather_float(const GatherRowsArgs& args, int64_t begin, int64_t end) {
+  gather<float>(args, begin, end);
+}
+
+EP_VECTORISED void gather_bfloat16(const GatherRowsArgs& args, int64_t begin, int64_t end) {
+  gather<BFloat16>(args, begin, end);
 }
 
 }  // namespace
 
 void gather_rows_cpu(const GatherRowsArgs& args, int64_t begin, int64_t end) {
-  if (args.weight == nullptr) {
-    copy_rows(args, begin, end);
-  } else if (args.type == ElementType::kFloat32) {
-    scale_rows<float>(args, begin, end);
-  } else {
-    scale_rows<BFloat16>(args, begin, end);
-  }
+  (args.type == ElementType::kFloat32 ? gather_float : gather_bfloat16)(args, begin, end);
 }
 
 }  // namespace ep

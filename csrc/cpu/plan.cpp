@@ -1,120 +1,256 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <vector>
+
+#include "vectorise.h"
 
 namespace ep {
 namespace {
 
-// One of a token's choices, with what a row tells its rank about it.
-struct Choice {
-  int32_t slot;    // global
-  int32_t choice;  // column of expert_ids
-  int64_t expert;
-};
+// A choice as one number, so that a token's choices sort as integers: its place, then its column.
+constexpr int kColumnBits = 5;
+static_assert(kMaxTopK == 1 << kColumnBits);
+constexpr uint32_t kColumnMask = kMaxTopK - 1;
+constexpr uint32_t kNoPlace = ~0u >> kColumnBits;  // after all others
 
-void sort_choices(const PlanSendArgs& args, int64_t token, Choice* choices) {
-  for (int64_t k = 0; k < args.top_k; ++k) {
-    const int64_t expert = args.expert_ids[token * args.top_k + k];
-    const Choice next{args.slot_of_expert[expert], static_cast<int32_t>(k), expert};
-    int64_t at = k;  // insertion: top_k is small
-    while (at > 0 && (args.one_row_per_copy ? choices[at - 1].expert > next.expert
-                                            : choices[at - 1].slot > next.slot)) {
-      choices[at] = choices[at - 1];
-      --at;
-    }
-    choices[at] = next;
+// Sorts kSize different numbers by counting how many are below each: no branch to mispredict.
+template <int kSize>
+void sort_numbers(const uint32_t* given, uint32_t* sorted) {
+  for (int i = 0; i < kSize; ++i) {
+    int below = 0;
+    for (int j = 0; j < kSize; ++j) below += given[j] < given[i];
+    sorted[below] = given[i];
   }
 }
 
-// Calls visit(rank, first, last) for each row of a token: choices [first, last) share it.
-template <typename Visit>
-void for_each_visit(const PlanSendArgs& args, const Choice* choices, Visit visit) {
-  int64_t first = 0;
-  while (first < args.top_k) {
-    const int64_t rank = choices[first].slot / args.slots_per_rank;
-    int64_t last = first + 1;
-    if (!args.one_row_per_copy) {
-      while (last < args.top_k && choices[last].slot / args.slots_per_rank == rank) ++last;
+void sort_numbers(const uint32_t* given, uint32_t* sorted, int64_t size) {
+  switch (size) {
+    case 2:
+      return sort_numbers<2>(given, sorted);
+    case 4:
+      return sort_numbers<4>(given, sorted);
+    case 6:
+      return sort_numbers<6>(given, sorted);
+    case 8:
+      return sort_numbers<8>(given, sorted);
+    default:
+      std::copy_n(given, size, sorted);
+      std::sort(sorted, sorted + size);
+  }
+}
+
+// A token's choices in the order in which its rows name them: by slot, or by expert where each has a row.
+class Choices {
+ public:
+  explicit Choices(const PlanSendArgs& args) : args_(args), place_(args.num_experts) {
+    for (int64_t e = 0; e < args.num_experts; ++e) {
+      place_[e] = args.one_row_per_copy ? static_cast<int32_t>(e) : args.slot_of_expert[e];
     }
-    visit(rank, first, last);
-    first = last;
+  }
+
+  void load(int64_t token) {
+    const int64_t* ids = args_.expert_ids + token * args_.top_k;
+    uint32_t given[kMaxTopK];
+    count_ = 0;
+    for (int64_t k = 0; k < args_.top_k; ++k) {
+      count_ += ids[k] >= 0;
+      const uint32_t place = ids[k] < 0 ? kNoPlace : static_cast<uint32_t>(place_[ids[k]]);
+      given[k] = place << kColumnBits | static_cast<uint32_t>(k);
+    }
+    sort_numbers(given, sorted_, args_.top_k);
+  }
+
+  int64_t count() const { return count_; }
+  int32_t column(int64_t i) const { return static_cast<int32_t>(sorted_[i] & kColumnMask); }
+
+  int32_t slot(int64_t i) const {
+    const auto place = static_cast<int32_t>(sorted_[i] >> kColumnBits);
+    return args_.one_row_per_copy ? args_.slot_of_expert[place] : place;
+  }
+
+  // Calls visit(rank, first, last) for each row of the token: choices [first, last) share it.
+  template <typename Visit>
+  void for_each_row(Visit visit) const {
+    int64_t first = 0;
+    while (first < count_) {
+      const auto rank = slot(first) / static_cast<int32_t>(args_.slots_per_rank);
+      int64_t last = first + 1;
+      if (!args_.one_row_per_copy) {
+        const int64_t end = (rank + 1) * args_.slots_per_rank;
+        while (last < count_ && slot(last) < end) ++last;
+      }
+      visit(rank, first, last);
+      first = last;
+    }
+  }
+
+ private:
+  const PlanSendArgs& args_;
+  std::vector<int32_t> place_;  // [num_experts], what choices are sorted by
+  uint32_t sorted_[kMaxTopK];
+  int64_t count_ = 0;
+};
+
+int64_t num_chunks(int64_t num_items) { return (num_items + kPlanChunk - 1) / kPlanChunk; }
+
+// Turns counts[chunk, bucket] into the places where each chunk's items of a bucket begin, buckets one after
+// the other in the order that `bucket_at` gives; totals[bucket] becomes the items of a bucket.
+template <typename BucketAt>
+int32_t place_chunks(
+    int32_t* counts, int64_t chunks, int64_t num_buckets, int32_t* totals, BucketAt bucket_at) {
+  int32_t end = 0;
+  for (int64_t i = 0; i < num_buckets; ++i) {
+    const int64_t bucket = bucket_at(i);
+    const int32_t begin = end;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      int32_t& count = counts[chunk * num_buckets + bucket];
+      const int32_t first = end;
+      end += count;
+      count = first;
+    }
+    totals[bucket] = end - begin;
+  }
+  return end;
+}
+
+void count_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk) {
+  Choices choices(args);
+  for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
+    int32_t* counts = args.scratch + chunk * args.num_ranks;
+    std::fill_n(counts, args.num_ranks, 0);
+    const int64_t end = std::min(args.num_tokens, (chunk + 1) * kPlanChunk);
+    for (int64_t token = chunk * kPlanChunk; token < end; ++token) {
+      choices.load(token);
+      choices.for_each_row([&](int64_t rank, int64_t, int64_t) { ++counts[rank]; });
+    }
+  }
+}
+
+void place_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk) {
+  Choices choices(args);
+  for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
+    int32_t* next_row = args.scratch + chunk * args.num_ranks;
+    const int64_t end = std::min(args.num_tokens, (chunk + 1) * kPlanChunk);
+    for (int64_t token = chunk * kPlanChunk; token < end; ++token) {
+      choices.load(token);
+      int64_t visit = token * args.max_visits;
+      choices.for_each_row([&](int64_t rank, int64_t first, int64_t last) {
+        const int32_t row = next_row[rank]++;
+        args.row_token[row] = static_cast<int32_t>(token);
+        int32_t* slots = args.row_slot + row * args.row_width;
+        int32_t* columns = args.row_choice + row * args.row_width;
+        for (int64_t i = first; i < last; ++i) {
+          slots[i - first] = choices.slot(i) - static_cast<int32_t>(rank * args.slots_per_rank);
+          columns[i - first] = static_cast<int32_t>(token * args.top_k) + choices.column(i);
+        }
+        std::fill_n(slots + last - first, args.row_width - last + first, -1);
+        std::fill_n(columns + last - first, args.row_width - last + first, -1);
+        args.visit_row[visit] = row;
+        args.visit_rank[visit] = static_cast<int32_t>(rank);
+        ++visit;
+      });
+      const int64_t unused = (token + 1) * args.max_visits - visit;
+      std::fill_n(args.visit_row + visit, unused, -1);
+      std::fill_n(args.visit_rank + visit, unused, -1);
+    }
+  }
+}
+
+// Where run i of the order begins in the order of tokens and in memory.
+struct Run {
+  int64_t begin;
+  int64_t memory;
+};
+
+class Runs {
+ public:
+  explicit Runs(const PlanArrivalArgs& args) : runs_(args.num_runs) {
+    std::vector<int64_t> memory(args.num_runs);
+    for (int64_t run = 1; run < args.num_runs; ++run)
+      memory[run] = memory[run - 1] + args.rows_of_run[run - 1];
+    for (int64_t i = 0; i < args.num_runs; ++i) {
+      runs_[i] = {total_, memory[args.run_order[i]]};
+      total_ += args.rows_of_run[args.run_order[i]];
+    }
+  }
+
+  int64_t total() const { return total_; }
+
+  // Calls visit(row) for the arrived rows [begin, end) of the order of tokens.
+  template <typename Visit>
+  void for_each_row(int64_t begin, int64_t end, Visit visit) const {
+    for (size_t i = 0; i < runs_.size(); ++i) {
+      const int64_t run_end = i + 1 < runs_.size() ? runs_[i + 1].begin : total_;
+      const int64_t shift = runs_[i].memory - runs_[i].begin;
+      for (int64_t t = std::max(begin, runs_[i].begin); t < std::min(end, run_end); ++t) visit(t + shift);
+    }
+  }
+
+ private:
+  std::vector<Run> runs_;
+  int64_t total_ = 0;
+};
+
+void count_copies(const PlanArrivalArgs& args, const Runs& runs, int64_t begin_chunk, int64_t end_chunk) {
+  for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
+    int32_t* counts = args.scratch + chunk * args.num_slots;
+    std::fill_n(counts, args.num_slots, 0);
+    runs.for_each_row(chunk * kPlanChunk, (chunk + 1) * kPlanChunk, [&](int64_t row) {
+      const int32_t* slots = args.row_slot + row * args.row_width;
+      for (int64_t c = 0; c < args.row_width && slots[c] >= 0; ++c) ++counts[slots[c]];
+    });
+  }
+}
+
+void place_copies(const PlanArrivalArgs& args, const Runs& runs, int64_t begin_chunk, int64_t end_chunk) {
+  for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
+    int32_t* next = args.scratch + chunk * args.num_slots;
+    runs.for_each_row(chunk * kPlanChunk, (chunk + 1) * kPlanChunk, [&](int64_t row) {
+      const int32_t* slots = args.row_slot + row * args.row_width;
+      int32_t* positions = args.position + row * args.row_width;
+      int64_t c = 0;
+      for (; c < args.row_width && slots[c] >= 0; ++c) {
+        const int32_t place = next[slots[c]]++;
+        positions[c] = place;
+        args.copy_row[place] = static_cast<int32_t>(row);
+        args.copy_column[place] = static_cast<int32_t>(c);
+      }
+      std::fill_n(positions + c, args.row_width - c, -1);
+    });
   }
 }
 
 }  // namespace
 
-void plan_send_cpu(const PlanSendArgs& args) {
-  const int64_t capacity = args.num_tokens * args.max_visits;
-  std::fill_n(args.rows_per_rank, args.num_ranks, 0);
-  std::fill_n(args.row_token, capacity, -1);
-  std::fill_n(args.row_slot, capacity * args.row_width, -1);
-  std::fill_n(args.row_choice, capacity * args.row_width, -1);
-  std::fill_n(args.visit_row, capacity, -1);
-  std::fill_n(args.visit_rank, capacity, -1);
+void plan_send_cpu(const PlanSendArgs& args, const ParallelFor& parallel_for) {
+  const int64_t chunks = num_chunks(args.num_tokens);
+  parallel_for(chunks, [&](int64_t begin, int64_t end) { count_rows(args, begin, end); });
+  const int64_t num_rows =
+      place_chunks(args.scratch, chunks, args.num_ranks, args.rows_per_rank, [&](int64_t i) {
+        return i == args.num_ranks - 1 ? args.own_rank : i + (i >= args.own_rank);
+      });
+  parallel_for(chunks, [&](int64_t begin, int64_t end) { place_rows(args, begin, end); });
 
-  Choice choices[kMaxTopK];
-  for (int64_t token = 0; token < args.num_tokens; ++token) {
-    sort_choices(args, token, choices);
-    for_each_visit(args, choices, [&](int64_t rank, int64_t, int64_t) { ++args.rows_per_rank[rank]; });
-  }
-  int32_t* next_row = args.scratch;  // [num_ranks]
-  int32_t end = 0;
-  for (int64_t rank = 0; rank < args.num_ranks; ++rank) {
-    next_row[rank] = end;
-    if (rank != args.own_rank) end += args.rows_per_rank[rank];
-  }
-  next_row[args.own_rank] = end;
-
-  for (int64_t token = 0; token < args.num_tokens; ++token) {
-    sort_choices(args, token, choices);
-    int64_t visit = token * args.max_visits;
-    for_each_visit(args, choices, [&](int64_t rank, int64_t first, int64_t last) {
-      const int32_t row = next_row[rank]++;
-      args.row_token[row] = static_cast<int32_t>(token);
-      for (int64_t c = first; c < last; ++c) {
-        args.row_slot[row * args.row_width + c - first] =
-            choices[c].slot - static_cast<int32_t>(rank * args.slots_per_rank);
-        args.row_choice[row * args.row_width + c - first] = choices[c].choice;
-      }
-      args.visit_row[visit] = row;
-      args.visit_rank[visit] = static_cast<int32_t>(rank);
-      ++visit;
-    });
-  }
+  const int64_t unused = args.num_tokens * args.max_visits - num_rows;
+  std::fill_n(args.row_token + num_rows, unused, -1);
+  std::fill_n(args.row_slot + num_rows * args.row_width, unused * args.row_width, -1);
+  std::fill_n(args.row_choice + num_rows * args.row_width, unused * args.row_width, -1);
 }
 
-void plan_arrival_cpu(const PlanArrivalArgs& args) {
-  std::fill_n(args.rows_per_slot, args.num_slots, 0);
-  std::fill_n(args.position, args.num_rows * args.row_width, -1);
-  std::fill_n(args.copy_row, args.num_rows * args.row_width, -1);
+void plan_arrival_cpu(const PlanArrivalArgs& args, const ParallelFor& parallel_for) {
+  const Runs runs(args);
+  const int64_t chunks = num_chunks(runs.total());
+  parallel_for(chunks, [&](int64_t begin, int64_t end) { count_copies(args, runs, begin, end); });
+  const int64_t num_copies = place_chunks(
+      args.scratch, chunks, args.num_slots, args.rows_per_slot, [](int64_t slot) { return slot; });
+  parallel_for(chunks, [&](int64_t begin, int64_t end) { place_copies(args, runs, begin, end); });
 
-  int64_t before = 0, total = 0;  // rows from ranks before the own one, and from all
-  for (int64_t rank = 0; rank < args.num_ranks; ++rank) {
-    if (rank < args.own_rank) before += args.rows_from_rank[rank];
-    total += args.rows_from_rank[rank];
-  }
-  const int64_t own = args.rows_from_rank[args.own_rank];
-
-  for (int64_t i = 0; i < total * args.row_width; ++i) {
-    if (args.row_slot[i] >= 0) ++args.rows_per_slot[args.row_slot[i]];
-  }
-  int32_t* next = args.scratch;  // [num_slots]
-  int32_t end = 0;
-  for (int64_t slot = 0; slot < args.num_slots; ++slot) {
-    next[slot] = end;
-    end += args.rows_per_slot[slot];
-  }
-  for (int64_t i = 0; i < total; ++i) {
-    // The own rows stand last in memory, but between those of their neighbours in the order of tokens.
-    const int64_t row = i < before ? i : i < before + own ? total - own + i - before : i - own;
-    for (int64_t c = 0; c < args.row_width; ++c) {
-      const int32_t slot = args.row_slot[row * args.row_width + c];
-      if (slot < 0) break;
-      const int32_t position = next[slot]++;
-      args.position[row * args.row_width + c] = position;
-      args.copy_row[position] = static_cast<int32_t>(row);
-    }
-  }
+  const int64_t unused = args.num_rows * args.row_width - num_copies;
+  std::fill_n(args.copy_row + num_copies, unused, -1);
+  std::fill_n(args.copy_column + num_copies, unused, -1);
+  std::fill_n(
+      args.position + runs.total() * args.row_width, (args.num_rows - runs.total()) * args.row_width, -1);
 }
 
 }  // namespace ep

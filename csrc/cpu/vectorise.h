@@ -1,0 +1,59 @@
+// How CPU ops reach the machine's vectors without being compiled for one machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+// A function with this mark is compiled for several vector widths, with all that it calls inlined, and the
+// widest that the processor has is chosen when the library is loaded. Contraction is off for the whole build,
+// so every width gives the same bits. The sanitizers cannot start such functions.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__SANITIZE_THREAD__)
+#define EP_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
+#else
+#define EP_VECTORISED
+#endif
+
+namespace ep {
+
+// memcpy past the caches, for bytes that this core will not read again: no line of the destination is read
+// first. `finish_stream` must be called before another thread is told of them.
+inline void stream_bytes(void* to, const void* from, int64_t count) {
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+  constexpr int64_t kPack = sizeof(__m128i);
+  auto* out = static_cast<char*>(to);
+  const auto* in = static_cast<const char*>(from);
+  const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kPack);
+  const int64_t head = misaligned == 0 ? 0 : kPack - misaligned;
+  if (head > 0 && head <= count) {
+    std::memcpy(out, in, head);
+    out += head;
+    in += head;
+    count -= head;
+  } else if (head > 0) {
+    std::memcpy(out, in, count);
+    return;
+  }
+  int64_t done = 0;
+  for (; done + 4 * kPack <= count; done += 4 * kPack) {  // a cache line at a time
+    __m128i packs[4];
+    std::memcpy(packs, in + done, sizeof(packs));
+    for (int i = 0; i < 4; ++i)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + done + i * kPack), packs[i]);
+  }
+  std::memcpy(out + done, in + done, count - done);
+#else
+  std::memcpy(to, from, count);
+#endif
+}
+
+inline void finish_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace ep

@@ -1,0 +1,92 @@
+"""Which transport carries the messages of an expert-parallel group, and over how many hops.
+
+collective      all_to_all_single of torch.distributed, everywhere
+shared_memory   ranks of one machine, on the CPU
+hierarchical    one copy per node between nodes, then inside the node
+auto            the best of these that the ranks allow; what it chose is logged once
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ep_engine.errors import Fault
+from ep_engine.ledger import Ledger
+from ep_engine.mesh import Meshes
+from ep_engine.placement import Cut
+from ep_engine.shared_memory import SharedMemory
+from ep_engine.transport import Alone, Collective, Link, Transport
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Transports of every hop, and the tiers of their ranks seen from this one."""
+
+    hops: tuple[tuple[Transport, list[str]], ...]
+
+    def links(self, ledger: Ledger, layer: int) -> tuple[Link, ...]:
+        """One layer's ends."""
+        return tuple(Link(transport, ledger, layer, tiers) for transport, tiers in self.hops)
+
+
+def connect(name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s: float) -> Connection:
+    """Connect the ranks of this rank's expert-parallel group; all ranks call it with the same name.
+
+    Args:
+        name: one of these; `resolve` has checked that the ranks allow it.
+        meshes: the ranks.
+        device: where messages lie.
+        cut: of the placement's tree by the group.
+        timeout_s: a rank that hears nothing from another for so long fails.
+
+    Raises:
+        Fault: on every rank, if ranks of one machine cannot share memory.
+    """
+    group = meshes.experts["ep"].get_group()
+    tiers = meshes.ep_tiers()
+    if dist.get_world_size(group) == 1:
+        return Connection(((Alone(), tiers),))
+    if name == "auto":
+        return _best(group, meshes, device, cut, timeout_s)
+    if name == "shared_memory":
+        return Connection(((SharedMemory(group, timeout_s), tiers),))
+    if name == "hierarchical":
+        return _over_nodes(meshes, device, timeout_s)
+    return Connection(((Collective(group), tiers),))
+
+
+def _best(group: dist.ProcessGroup, meshes: Meshes, device: torch.device, cut: Cut, timeout_s: float) -> Connection:
+    tiers, chosen, why = meshes.ep_tiers(), "collective", "ranks of several nodes, or on GPUs"
+    connection = Connection(((Collective(group), tiers),))
+    if device.type == "cpu" and "network" not in tiers:
+        try:
+            connection, chosen, why = (
+                Connection(((SharedMemory(group, timeout_s), tiers),)),
+                "shared_memory",
+                "one node",
+            )
+        except Fault as fault:  # raised on all ranks or on none
+            why = str(fault)
+    elif meshes.ep_inside is not None and _is_cut(meshes, cut):
+        connection, chosen, why = _over_nodes(meshes, device, timeout_s), "hierarchical", "several nodes"
+    if dist.get_rank() == 0:
+        _log.warning("transport of the experts: %s (%s)", chosen, why)
+    return connection
+
+
+def _over_nodes(meshes: Meshes, device: torch.device, timeout_s: float) -> Connection:
+    assert meshes.ep_across is not None, "checked before"
+    assert meshes.ep_inside is not None, "checked before"
+    across, inside = Collective(meshes.ep_across), meshes.ep_inside
+    near: Transport = SharedMemory(inside, timeout_s) if device.type == "cpu" else Collective(inside)
+    tiers = ["self" if rank == across.rank else "network" for rank in range(across.size)]
+    near_tiers = ["self" if rank == near.rank else "node" for rank in range(near.size)]
+    return Connection(((across, tiers), (near, near_tiers)))
+
+
+def _is_cut(meshes: Meshes, cut: Cut) -> bool:
+    return dist.get_world_size(meshes.ep_inside) in (1, *cut.group_sizes_of_ranks)
