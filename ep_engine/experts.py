@@ -93,10 +93,15 @@ class _WeightGrads(torch.autograd.Function):
         x_RD, grad_RD, through = kept.rows_RD, kept.grad_RD, kept.grads
         kept.rows_RD = kept.grad_RD = kept.grads = None
         up_shape, down_shape = ctx.like
-        grad_w_gate, grad_w_up, grad_w_down = (x_RD.new_zeros(shape) for shape in (up_shape, up_shape, down_shape))
+        grad_w_gate, grad_w_up, grad_w_down = (x_RD.new_empty(shape) for shape in (up_shape, up_shape, down_shape))
+        for slot, num_rows in enumerate(kept.arrival.rows_per_slot):
+            if num_rows == 0:
+                for grad in (grad_w_gate, grad_w_up, grad_w_down):
+                    grad[slot].zero_()
 
         def run(slot: int, rows: slice) -> None:
-            x, grad = (ops.gather_rows(given, kept.copy_rows(rows)) for given in (x_RD, grad_RD))
+            x = _gathered("x", x_RD, kept.copy_rows(rows))
+            grad = _gathered("grad", grad_RD, kept.copy_rows(rows))
             torch.mm(grad.t(), through.hidden_NF[rows], out=grad_w_down[slot])
             torch.mm(through.gate_NF[rows].t(), x, out=grad_w_gate[slot])
             torch.mm(through.up_NF[rows].t(), x, out=grad_w_up[slot])
@@ -136,10 +141,11 @@ class _Mixture(torch.autograd.Function):
         y_ND = x_RD.new_empty(num_copies, x_RD.shape[1])
 
         def run(slot: int, rows: slice) -> None:
-            x = ops.gather_rows(x_RD, handover.copy_rows(rows))
+            x = _gathered("x", x_RD, handover.copy_rows(rows))
             torch.mm(x, w_gate[slot].t(), out=gate_NF[rows])
             torch.mm(x, w_up[slot].t(), out=up_NF[rows])
-            torch.mm(ops.swiglu(gate_NF[rows], up_NF[rows]), w_down[slot].t(), out=y_ND[rows])
+            hidden = ops.swiglu(gate_NF[rows], up_NF[rows], _scratch("hidden", gate_NF[rows].shape, gate_NF))
+            torch.mm(hidden, w_down[slot].t(), out=y_ND[rows])
 
         _over_experts(run, rows_per_slot, x_RD.device)
         ctx.save_for_backward(x_RD, weights_RW, gate_NF, up_NF, w_gate, w_up, w_down)
@@ -158,11 +164,12 @@ class _Mixture(torch.autograd.Function):
         grad_x_ND = gate_NF.new_empty(len(gate_NF), x_RD.shape[1])
 
         def run(slot: int, rows: slice) -> None:
-            grad = ops.gather_rows(grad_RD, kept.copy_rows(rows)) @ w_down[slot]
+            grad = _gathered("grad", grad_RD, kept.copy_rows(rows))
             part = ops.SwigluGrads(*(whole[rows] for whole in through))
-            ops.swiglu_backward(grad, gate_NF[rows], up_NF[rows], weight_N[rows], part)
+            grad_hidden = torch.mm(grad, w_down[slot], out=_scratch("hidden", part.gate_NF.shape, gate_NF))
+            ops.swiglu_backward(grad_hidden, gate_NF[rows], up_NF[rows], weight_N[rows], part)
             torch.mm(part.gate_NF, w_gate[slot], out=grad_x_ND[rows])
-            grad_x_ND[rows] += part.up_NF @ w_up[slot]
+            grad_x_ND[rows].addmm_(part.up_NF, w_up[slot])
 
         _over_experts(run, kept.arrival.rows_per_slot, x_RD.device)
         kept.rows_RD, kept.grad_RD, kept.grads = x_RD, grad_RD, through
@@ -170,6 +177,25 @@ class _Mixture(torch.autograd.Function):
         grad_weights_RW = torch.empty_like(weights_RW)
         ops.choice_weights(through.weight_N, position_RW, grad_weights_RW)
         return grad_x_RD, grad_weights_RW, None, None, None, None
+
+
+def _gathered(name: str, x_RD: Tensor, copy_row_N: Tensor) -> Tensor:
+    """The rows of one expert, in the scratch memory of this thread."""
+    out = _scratch(name, torch.Size((len(copy_row_N), x_RD.shape[1])), x_RD)
+    return ops.gather_rows(x_RD, copy_row_N, out=out)
+
+
+_of_thread = threading.local()
+
+
+def _scratch(name: str, shape: torch.Size, like: Tensor) -> Tensor:
+    """Memory for one expert's rows that a thread uses again for the next: new memory costs more than filling it."""
+    kept = _of_thread.__dict__.setdefault("kept", {})
+    key = name, like.dtype, like.device
+    if key not in kept or kept[key].numel() < shape.numel():
+        kept[key] = like.new_empty(shape.numel())
+    whole: Tensor = kept[key]
+    return whole[: shape.numel()].view(shape)
 
 
 def _over_experts(run: Callable[[int, slice], None], rows_per_slot: list[int], device: torch.device) -> None:

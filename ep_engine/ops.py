@@ -215,9 +215,8 @@ def dequantise_rows(values_ND: Tensor, scales_NB: Tensor, dtype: torch.dtype) ->
     return out
 
 
-def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """silu(gate) * up, computed in float32 and rounded once; both contiguous."""
-    out_NF = torch.empty_like(gate_NF)
+def swiglu(gate_NF: Tensor, up_NF: Tensor, out_NF: Tensor) -> Tensor:
+    """silu(gate) * up, computed in float32 and rounded once; all contiguous."""
     _ops.swiglu(gate_NF, up_NF, out_NF)
     return out_NF
 
@@ -236,10 +235,10 @@ def swiglu_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, weight_N: T
     _ops.swiglu_backward(grad_NF, gate_NF, up_NF, weight_N, *out)
 
 
-def linear_rows(x_TD: Tensor, w_ED: Tensor) -> Tensor:
-    """x @ w.T in float32, (T, E), each row's bits a function of that row alone: csrc/linear_rows.h. CPU only."""
-    out_TE = x_TD.new_empty(len(x_TD), len(w_ED))
-    _ops.linear_rows(x_TD.contiguous(), w_ED.contiguous(), out_TE)
+def linear_rows(x_TD: Tensor, w_DE: Tensor) -> Tensor:
+    """x @ w in float32, (T, E), each row's bits a function of that row alone: csrc/linear_rows.h. CPU only."""
+    out_TE = x_TD.new_empty(len(x_TD), w_DE.shape[1])
+    _ops.linear_rows(x_TD.contiguous(), w_DE, out_TE)
     return out_TE
 
 

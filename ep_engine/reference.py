@@ -21,6 +21,54 @@ def moe_forward(
     return out_TD
 
 
+def select(
+    scores: list[float],
+    top_k: int,
+    *,
+    partners: list[list[int]] | None = None,
+    top_t: int = 0,
+    group_of: list[int] | None = None,
+    max_groups: int = 0,
+    group_top: int | None = None,
+) -> list[int]:
+    """Expert ids of one token: the selection rules of csrc/choose_experts.h, told plainly.
+
+    Args:
+        scores: [E], no NaN.
+        top_k: K.
+        partners: C2R: row i lists the other experts, closest collaborator of expert i first.
+        top_t: T of C2R.
+        group_of: [E] the device, or group, of every expert.
+        max_groups: how many of them a token may use.
+        group_top: group-limited: groups are ranked by the sum of their so many best scores.
+    """
+    order = sorted(range(len(scores)), key=lambda e: (-scores[e], e))
+    if partners is None and group_of is None:
+        return order[:top_k]
+    if partners is None:
+        assert group_of is not None, "one of the two is there"
+        best = {g: [scores[e] for e in order if group_of[e] == g][:group_top] for g in set(group_of)}
+        open_groups = sorted(best, key=lambda g: (-sum(best[g]), g))[:max_groups]
+        return [e for e in order if group_of[e] in open_groups][:top_k]
+    row = partners[order[0]]
+    candidates = row[:top_t]
+    if group_of is not None:
+        open_groups = list(dict.fromkeys(group_of[e] for e in order))[:max_groups]
+        candidates = [e for e in row[:top_t] if group_of[e] in open_groups]
+        further = [e for e in row[top_t:] if e != order[0] and group_of[e] in open_groups]
+        candidates += further[: max(0, top_k - 1 - len(candidates))]
+    return [order[0], *sorted(candidates, key=lambda e: (-scores[e], e))[: top_k - 1]]
+
+
+def weigh(logits_TE: Tensor, ids_TK: Tensor, score: str, *, renormalise: bool, scale: float) -> Tensor:
+    """Combine weights (T, K) of chosen experts; differentiable in the logits."""
+    if score == "softmax_of_chosen":
+        return scale * logits_TE.gather(1, ids_TK).softmax(dim=1)
+    scores_TE = logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    weights_TK = scores_TE.gather(1, ids_TK)
+    return scale * (weights_TK / weights_TK.sum(dim=1, keepdim=True) if renormalise else weights_TK)
+
+
 def tree_sum(values: list[tuple[int, Tensor]], sizes: list[int], dtype: torch.dtype) -> Tensor:
     """Sum (leaf, value) pairs along a tree: every group sums its children in float32 and rounds to `dtype`.
 

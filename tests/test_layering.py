@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
     "ops", "placement", "ledger", "reference", "message", "transport", "shared_memory",  # what the data path stands on
-    "router", "plan", "dispatch", "experts", "combine",  # the data path
+    "selection", "router", "plan", "dispatch", "experts", "combine",  # the data path
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "checkpoint", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "optimizer", "evaluate", "resolve", "trainer",  # what trains it

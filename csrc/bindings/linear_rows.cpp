@@ -8,13 +8,19 @@ namespace {
 
 void linear_rows(const Tensor& x, const Tensor& w, const Tensor& out) {
   STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2, "linear_rows: x and w must be matrices");
-  const int64_t num_rows = x.size(0), inner = x.size(1), outer = w.size(0);
+  const int64_t num_rows = x.size(0), inner = x.size(1), outer = w.size(1);
+  STD_TORCH_CHECK(w.size(0) == inner && w.scalar_type() == ScalarType::Float,
+                  "linear_rows: w must be float32 with a row for each of the ",
+                  inner,
+                  " columns of x");
   const LinearRowsArgs args{.x = data<float>(x, "x", num_rows * inner, x),
-                            .w = data<float>(w, "w", outer * inner, x),
+                            .w = static_cast<const float*>(w.mutable_data_ptr()),
                             .out = data<float>(out, "out", num_rows * outer, x),
                             .num_rows = num_rows,
                             .inner = inner,
-                            .outer = outer};
+                            .outer = outer,
+                            .w_inner_stride = w.stride(0),
+                            .w_outer_stride = w.stride(1)};
   in_parallel(
       num_rows, inner * outer, [&](int64_t begin, int64_t end) { linear_rows_cpu(args, begin, end); });
 }
