@@ -34,13 +34,13 @@ def ours(hidden: int, width: int, experts: int, top_k: int) -> MoELayer:
 
 def peer(layer: MoELayer, implementation: str) -> nn.Module:
     """transformers' block with the weights of `layer`."""
-    e, f, d = layer.experts.w_gate.shape
+    e, d, f = layer.experts.w_down.shape
     config = MixtralConfig(hidden_size=d, intermediate_size=f, num_local_experts=e, num_experts_per_tok=layer.moe.top_k)
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config)
     with torch.no_grad():
         block.gate.weight.copy_(layer.router.w_in)
-        block.experts.gate_up_proj.copy_(torch.cat((layer.experts.w_gate, layer.experts.w_up), dim=1))
+        block.experts.gate_up_proj.copy_(layer.experts.w_gate_up)
         block.experts.down_proj.copy_(layer.experts.w_down)
     return block
 

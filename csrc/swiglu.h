@@ -12,24 +12,22 @@
 namespace ep {
 
 struct SwigluArgs {
-  const void* gate;  // [num_rows, dim]
-  const void* up;    // [num_rows, dim]
-  void* out;         // [num_rows, dim]
-  int64_t num_rows;  // may be 0
+  const void* gate_up;  // [num_rows, 2 * dim]: gate, then up
+  void* out;            // [num_rows, dim]
+  int64_t num_rows;     // may be 0
   int64_t dim;
-  ElementType type;  // of gate, up and out
+  ElementType type;  // of gate_up and out
 };
 
 struct SwigluBackwardArgs {
   const void* grad;     // [num_rows, dim]: g W_down for a row whose output has the gradient weight * g
-  const void* gate;     // [num_rows, dim]
-  const void* up;       // [num_rows, dim]
+  const void* gate_up;  // [num_rows, 2 * dim]: gate, then up
   const float* weight;  // [num_rows]
-  void* grad_gate;      // [num_rows, dim]: weight * grad * up * silu'(gate)
-  void* grad_up;        // [num_rows, dim]: weight * grad * silu(gate)
-  void* hidden;         // [num_rows, dim]: weight * silu(gate) * up; its product with g is that of W_down
-  float* grad_weight;   // [num_rows]: <grad, silu(gate) * up>
-  int64_t num_rows;     // may be 0
+  void*
+      grad_gate_up;  // [num_rows, 2 * dim]: weight * grad * up * silu'(gate), then weight * grad * silu(gate)
+  void* hidden;      // [num_rows, dim]: weight * silu(gate) * up; its product with g is that of W_down
+  float* grad_weight;  // [num_rows]: <grad, silu(gate) * up>
+  int64_t num_rows;    // may be 0
   int64_t dim;
   ElementType type;  // of all matrices
 };

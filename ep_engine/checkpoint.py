@@ -5,8 +5,8 @@
     FOLDER/manifest.json   checksum of every entry, the command that wrote it, training state (step, ...)
     FOLDER/tokenizer/      Hugging Face tokenizer files, carried along
 
-A module stacks the experts of its rank, `layers.0.moe.experts.w_gate` (L, F, D); on disk each is an entry of its own,
-`layers.0.moe.experts.5.w_gate` (F, D), under its logical id, so any expert-parallel size and any placement can read it.
+A module stacks the experts of its rank, `layers.0.moe.experts.w_down` (L, D, F); on disk each is an entry of its own,
+`layers.0.moe.experts.5.w_down` (D, F), under its logical id, so any expert-parallel size and any placement can read it.
 """
 
 import json
@@ -79,6 +79,9 @@ class Shard:
     first: int  # position of its first element in the whole entry
 
 
+_STACKED = {"w_gate_up": ("w_gate", "w_up")}  # what a module stacks along the first dim of an expert
+
+
 def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]]) -> dict[str, Shard]:
     """Map a module's tensors to checkpoint entries.
 
@@ -95,8 +98,11 @@ def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str,
         if module in expert_ids:
             for row in range(local.shape[0]):
                 expert = expert_ids[module][first_row + row]
-                if expert >= 0:
-                    entries[f"{module}.{expert}.{leaf}"] = Shard(local[row], local[row], 0)
+                if expert < 0:
+                    continue
+                parts = _STACKED.get(leaf, (leaf,))
+                for part, of_expert in zip(parts, local[row].chunk(len(parts)), strict=True):
+                    entries[f"{module}.{expert}.{part}"] = Shard(of_expert, of_expert, 0)
         else:
             row_size = local[0].numel() if local.shape[0] else 1
             entries[name] = Shard(local, tensor, first_row * row_size)

@@ -215,24 +215,23 @@ def dequantise_rows(values_ND: Tensor, scales_NB: Tensor, dtype: torch.dtype) ->
     return out
 
 
-def swiglu(gate_NF: Tensor, up_NF: Tensor, out_NF: Tensor) -> Tensor:
-    """silu(gate) * up, computed in float32 and rounded once; all contiguous."""
-    _ops.swiglu(gate_NF, up_NF, out_NF)
+def swiglu(gate_up_NF: Tensor, out_NF: Tensor) -> Tensor:
+    """silu(gate) * up, computed in float32 and rounded once; gate_up (N, 2F) holds gate, then up. All contiguous."""
+    _ops.swiglu(gate_up_NF, out_NF)
     return out_NF
 
 
 class SwigluGrads(NamedTuple):
     """What `swiglu_backward` finds."""
 
-    gate_NF: Tensor
-    up_NF: Tensor
+    gate_up_NF: Tensor  # (N, 2F)
     hidden_NF: Tensor  # weight * silu(gate) * up
     weight_N: Tensor  # float32
 
 
-def swiglu_backward(grad_NF: Tensor, gate_NF: Tensor, up_NF: Tensor, weight_N: Tensor, out: SwigluGrads) -> None:
+def swiglu_backward(grad_NF: Tensor, gate_up_NF: Tensor, weight_N: Tensor, out: SwigluGrads) -> None:
     """Gradients where row n's output is multiplied by weight[n]: csrc/swiglu.h. `grad_NF` is without the weight."""
-    _ops.swiglu_backward(grad_NF, gate_NF, up_NF, weight_N, *out)
+    _ops.swiglu_backward(grad_NF, gate_up_NF, weight_N, *out)
 
 
 def linear_rows(x_TD: Tensor, w_DE: Tensor) -> Tensor:

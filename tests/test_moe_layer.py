@@ -24,8 +24,8 @@ def test_five_tokens_by_hand() -> None:
     layer = MoELayer(MoEConfig(num_experts=3, top_k=2, expert_hidden_size=1, gate="linear", score_scale=2.0), 1, 0)
     with torch.no_grad():
         layer.router.w_in.zero_()
-        layer.experts.w_gate.fill_(1.0)
-        layer.experts.w_up.copy_(torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1))
+        layer.experts.w_gate_up[:, 0] = 1.0
+        layer.experts.w_gate_up[:, 1] = torch.tensor([1.0, 2.0, 3.0]).view(3, 1)
         layer.experts.w_down.fill_(1.0)
     set_routing(layer, torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]]))
     x_TD = torch.tensor([[50.0], [60.0], [70.0], [80.0], [90.0]])
@@ -49,7 +49,7 @@ def reference_and_grads(layer: MoELayer, x_TD: Tensor, grad: Tensor) -> list[Ten
     layer.zero_grad()
     routing = layer.router(x)
     rows = [layer.site.experts_here().index(expert) for expert in range(layer.moe.num_experts)]
-    experts = (layer.experts.w_gate[rows], layer.experts.w_up[rows], layer.experts.w_down[rows])
+    experts = (*layer.experts.w_gate_up[rows].chunk(2, dim=1), layer.experts.w_down[rows])
     y = reference.moe_forward(x, routing.ids_TK, routing.weights_TK, *experts)
     y.backward(grad)
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
@@ -78,8 +78,9 @@ def test_all_tokens_to_one_expert_and_experts_without_tokens(one_row_per_copy: b
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
     idle = [row for row, expert in enumerate(layer.site.experts_here()) if expert not in (2, 5)]
-    assert layer.experts.w_up.grad is not None
-    assert layer.experts.w_up.grad[idle].abs().sum() == 0
+    for weight in layer.experts.parameters():
+        assert weight.grad is not None
+        assert weight.grad[idle].abs().sum() == 0
 
 
 def test_one_row_per_copy_does_not_depend_on_the_placement() -> None:

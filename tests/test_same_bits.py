@@ -88,7 +88,7 @@ def run_layer(rank: int, world_size: int, case: Case, folder: Path) -> None:
         "grad_x": x.grad,
         "grad_weights": weights[0],
         "experts": {e: [p.grad[row] for p in layer.experts.parameters()] for row, e in enumerate(here) if e >= 0},
-        "arrived": layer.experts.w_up.grad.abs().sum().item() > 0,
+        "arrived": layer.experts.w_down.grad.abs().sum().item() > 0,
         "ledger": layer.ledger.gathered(dist.group.WORLD if world_size > 1 else None).to_json(),
         "received": getattr(links[0].transport, "bytes_from_others", {}),
     }

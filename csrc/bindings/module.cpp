@@ -26,10 +26,11 @@ STABLE_TORCH_LIBRARY(ep_engine, m) {
       "Tensor(a!) out) -> ()");
   m.def("quantise_rows(Tensor x, Tensor row, Tensor(a!) values, Tensor(b!) scales) -> ()");
   m.def("dequantise_rows(Tensor values, Tensor scales, Tensor(a!) out) -> ()");
-  m.def("swiglu(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
+  m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
   m.def(
-      "swiglu_backward(Tensor grad, Tensor gate, Tensor up, Tensor weight, Tensor(a!) grad_gate, "
-      "Tensor(b!) grad_up, Tensor(c!) hidden, Tensor(d!) grad_weight) -> ()");
+      "swiglu_backward(Tensor grad, Tensor gate_up, Tensor weight, Tensor(a!) grad_gate_up, Tensor(b!) "
+      "hidden, "
+      "Tensor(c!) grad_weight) -> ()");
   m.def("linear_rows(Tensor x, Tensor w, Tensor(a!) out) -> ()");
   m.def("count_pairs(Tensor expert_ids, Tensor(a!) counts) -> ()");
   m.def(

@@ -7,6 +7,8 @@
 namespace ep {
 namespace {
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
 void write(void* out, const void* row, int64_t bytes, bool streaming) {
   if (streaming) {
     stream_bytes(out, row, bytes);
@@ -19,6 +21,10 @@ template <typename T>
 void gather(const GatherRowsArgs& args, int64_t begin, int64_t end) {
   std::vector<T> scaled(args.weight == nullptr ? 0 : args.dim);
   for (int64_t n = begin; n < end; ++n) {
+    if (n + 1 < end && args.row[n + 1] >= 0) {  // fetched meanwhile, because rows lie anywhere
+      const T* next = static_cast<const T*>(args.x) + args.row[n + 1] * args.x_stride;
+      for (int64_t d = 0; d < args.dim; d += kLine / sizeof(T)) __builtin_prefetch(next + d);
+    }
     if (args.row[n] < 0) continue;
     const T* row = static_cast<const T*>(args.x) + args.row[n] * args.x_stride;
     T* out = static_cast<T*>(args.out) + n * args.out_stride;

@@ -10,12 +10,14 @@ namespace {
 
 template <typename T>
 void forward(const SwigluArgs& args, int64_t begin, int64_t end) {
-  const T* __restrict gate = static_cast<const T*>(args.gate);
-  const T* __restrict up = static_cast<const T*>(args.up);
-  T* __restrict out = static_cast<T*>(args.out);
-  for (int64_t i = begin * args.dim; i < end * args.dim; ++i) {
-    const float g = to_float(gate[i]);
-    out[i] = from_float<T>(g * sigmoid_of(g) * to_float(up[i]));
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = static_cast<const T*>(args.gate_up) + 2 * row * args.dim;
+    const T* up = gate + args.dim;
+    T* out = static_cast<T*>(args.out) + row * args.dim;
+    for (int64_t i = 0; i < args.dim; ++i) {
+      const float g = to_float(gate[i]);
+      out[i] = from_float<T>(g * sigmoid_of(g) * to_float(up[i]));
+    }
   }
 }
 
@@ -27,12 +29,12 @@ float backward_row(const SwigluBackwardArgs& args, int64_t row) {
   float lanes[kLanes] = {};
   for (int64_t begin = 0; begin < args.dim; begin += kBlock) {
     const int64_t size = std::min(kBlock, args.dim - begin), first = row * args.dim + begin;
-    const T* __restrict grad = static_cast<const T*>(args.grad) + first;
-    const T* __restrict gate = static_cast<const T*>(args.gate) + first;
-    const T* __restrict up = static_cast<const T*>(args.up) + first;
-    T* __restrict grad_gate = static_cast<T*>(args.grad_gate) + first;
-    T* __restrict grad_up = static_cast<T*>(args.grad_up) + first;
-    T* __restrict hidden = static_cast<T*>(args.hidden) + first;
+    const T* grad = static_cast<const T*>(args.grad) + first;
+    const T* gate = static_cast<const T*>(args.gate_up) + first + row * args.dim;
+    const T* up = gate + args.dim;
+    T* grad_gate = static_cast<T*>(args.grad_gate_up) + first + row * args.dim;
+    T* grad_up = grad_gate + args.dim;
+    T* hidden = static_cast<T*>(args.hidden) + first;
     float products[kBlock] = {};
 #pragma GCC ivdep  // more pointers than the compiler would compare at run time
     for (int64_t i = 0; i < size; ++i) {
