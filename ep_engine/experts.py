@@ -6,8 +6,9 @@ On CPU an expert's matrix products are unpadded and run in one thread each, and 
 an expert's output depend on its rows alone, not on how many other experts share the rank.
 
 Gradients of the rows and gradients of the weights are nodes of their own, so that a schedule can take the second later
-without computing the first again. Kept for them are the arrived rows and, per copy, gate and up: an expert's input is
-gathered again, its output is not needed (csrc/swiglu.h).
+without computing the first again. Where none wants to, both are computed expert by expert, while its rows are in the
+caches. Kept for them are the arrived rows and, per copy, gate and up: an expert's input is gathered again, its output
+is not needed (csrc/swiglu.h).
 
 Shape letters:  R rows arrived   N copies grouped by slot   L slots of this rank   D model dim   F expert hidden dim
 """
@@ -43,13 +44,14 @@ class Experts(nn.Module):
         self.w_gate_up = nn.Parameter(torch.empty(num_slots, 2 * expert_hidden_size, hidden_size))
         self.w_down = nn.Parameter(torch.empty(num_slots, hidden_size, expert_hidden_size))
         self.sum_sizes = sum_sizes
+        self.weight_grads_later = False  # compute them when their node runs, not with those of the rows
 
     def forward(self, rows_RD: Tensor, arrival: Arrival) -> Tensor:
         """Arrived rows -> for each the weighted sum of the outputs of its experts, (R, D). Idle slots cost nothing.
 
         The rows of `arrival` are an argument of their own for FSDP, which looks for gradients among the arguments.
         """
-        handover = _Handover(arrival, self.sum_sizes)
+        handover = _Handover(arrival, self.sum_sizes, self.weight_grads_later)
         ticket = _WeightGrads.apply(self.w_gate_up, self.w_down, handover)  # type: ignore[no-untyped-call]
         rows_RD = _Join.apply(rows_RD, ticket)  # type: ignore[no-untyped-call]
         z_RD: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
@@ -64,7 +66,9 @@ class _Handover:
 
     arrival: Arrival
     sum_sizes: list[int]
-    left: tuple[Tensor, Tensor, ops.SwigluGrads] | None = None  # rows (R, D), their output's gradients, and inside
+    later: bool
+    weight_grads: tuple[Tensor, Tensor] | None = None
+    compute: Callable[[int, slice], None] | None = None  # still to be called for each expert
 
     def copy_rows(self, rows: slice) -> Tensor:
         """Arrived row of each copy of an expert."""
@@ -76,28 +80,17 @@ class _WeightGrads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w_gate_up: Tensor, w_down: Tensor, handover: _Handover) -> Tensor:
-        ctx.handover, ctx.shapes = handover, (w_gate_up.shape, w_down.shape)
+        ctx.handover = handover
         return w_gate_up.new_empty(())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         kept = ctx.handover
-        assert kept.left is not None, "the backward of the rows runs first"
-        x_RD, grad_RD, inside = kept.left
-        kept.left = None
-        grad_w_gate_up, grad_w_down = (x_RD.new_empty(shape) for shape in ctx.shapes)
-        for slot, num_rows in enumerate(kept.arrival.rows_per_slot):
-            if num_rows == 0:
-                grad_w_gate_up[slot].zero_()
-                grad_w_down[slot].zero_()
-
-        def run(slot: int, rows: slice) -> None:
-            x = _gathered("x", x_RD, kept.copy_rows(rows))
-            grad = _gathered("grad", grad_RD, kept.copy_rows(rows))
-            torch.mm(grad.t(), inside.hidden_NF[rows], out=grad_w_down[slot])
-            torch.mm(inside.gate_up_NF[rows].t(), x, out=grad_w_gate_up[slot])
-
-        _over_experts(run, kept.arrival.rows_per_slot, x_RD.device)
+        assert kept.weight_grads is not None, "the backward of the rows runs first"
+        (grad_w_gate_up, grad_w_down), compute = kept.weight_grads, kept.compute
+        kept.weight_grads = kept.compute = None
+        if compute is not None:
+            _over_experts(compute, kept.arrival.rows_per_slot, grad_w_down.device)
         return grad_w_gate_up, grad_w_down, None
 
 
@@ -144,24 +137,54 @@ class _Mixture(torch.autograd.Function):
         position_RW = kept.arrival.tables.position_RW
         num_copies, width = gate_up_NF.shape
         weight_N = ops.choice_weights_backward(weights_RW, position_RW, num_copies, 1).view(-1)
-        inside = ops.SwigluGrads(
-            torch.empty_like(gate_up_NF), gate_up_NF.new_empty(num_copies, width // 2), torch.empty_like(weight_N)
-        )
+        grad_weight_N = torch.empty_like(weight_N)
         grad_x_ND = gate_up_NF.new_empty(num_copies, x_RD.shape[1])
+        weight_grads = _weight_grads(w_gate_up, w_down, kept.arrival.rows_per_slot)
+        inside: dict[int, ops.SwigluGrads] = {}
+
+        def compute_weight_grads(slot: int, rows: slice, grad: Tensor, part: ops.SwigluGrads) -> None:
+            x = _gathered("x", x_RD, kept.copy_rows(rows))
+            torch.mm(grad.t(), part.hidden_NF, out=weight_grads[1][slot])
+            torch.mm(part.gate_up_NF.t(), x, out=weight_grads[0][slot])
 
         def run(slot: int, rows: slice) -> None:
             grad = _gathered("grad", grad_RD, kept.copy_rows(rows))
-            grad_hidden = torch.mm(grad, w_down[slot], out=_scratch("hidden", len(grad), width // 2, x_RD))
-            part = ops.SwigluGrads(*(whole[rows] for whole in inside))
+            grad_hidden = torch.mm(grad, w_down[slot], out=_scratch("grad_hidden", len(grad), width // 2, x_RD))
+            part = ops.SwigluGrads(*_inside(len(grad), width, x_RD, kept.later), grad_weight_N[rows])
             ops.swiglu_backward(grad_hidden, gate_up_NF[rows], weight_N[rows], part)
             torch.mm(part.gate_up_NF, w_gate_up[slot], out=grad_x_ND[rows])
+            if kept.later:
+                inside[slot] = part
+            else:
+                compute_weight_grads(slot, rows, grad, part)
+
+        def run_later(slot: int, rows: slice) -> None:
+            grad = _gathered("grad", grad_RD, kept.copy_rows(rows))
+            compute_weight_grads(slot, rows, grad, inside.pop(slot))
 
         _over_experts(run, kept.arrival.rows_per_slot, x_RD.device)
-        kept.left = x_RD, grad_RD, inside
+        kept.weight_grads, kept.compute = weight_grads, run_later if kept.later else None
         grad_x_RD = ops.combine_rows(grad_x_ND, position_RW, kept.arrival.row_slot_RW, None, kept.sum_sizes)
         grad_weights_RW = torch.empty_like(weights_RW)
-        ops.choice_weights(inside.weight_N, position_RW, grad_weights_RW)
+        ops.choice_weights(grad_weight_N, position_RW, grad_weights_RW)
         return grad_x_RD, grad_weights_RW, None, None, None
+
+
+def _weight_grads(w_gate_up: Tensor, w_down: Tensor, rows_per_slot: list[int]) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of the weights, zero where an expert has no rows."""
+    grads = torch.empty_like(w_gate_up), torch.empty_like(w_down)
+    for slot, num_rows in enumerate(rows_per_slot):
+        if num_rows == 0:
+            for grad in grads:
+                grad[slot].zero_()
+    return grads
+
+
+def _inside(num_rows: int, width: int, like: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for one expert's gradients of gate and up, and for its weighted hidden rows."""
+    if keep:
+        return like.new_empty(num_rows, width), like.new_empty(num_rows, width // 2)
+    return _scratch("grad_gate_up", num_rows, width, like), _scratch("hidden", num_rows, width // 2, like)
 
 
 def _gathered(name: str, x_RD: Tensor, copy_row_N: Tensor) -> Tensor:

@@ -70,11 +70,120 @@ void offer_range(Best& best, const float* scores, int64_t begin, int64_t end) {
   for (; e < end; ++e) offer_better(e);
 }
 
+constexpr int64_t kLanes = 16;  // tokens whose best experts are found side by side
+
+// The best experts of kLanes tokens by `scores`, [num_experts, kLanes]: experts are taken one after the other
+// and sink into a sorted list, all lanes in step, so there is no branch to mispredict. Ascending ids and a
+// strict comparison let the lower id win. Scores that are not above -infinity leave -1.
+template <int64_t kSize>
+void best_of_lanes(const float* scores, int64_t num_experts, int32_t (*ids)[kLanes]) {
+  float best[kSize][kLanes];
+  for (int64_t k = 0; k < kSize; ++k) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      best[k][lane] = kLeast;
+      ids[k][lane] = -1;
+    }
+  }
+  for (int32_t e = 0; e < num_experts; ++e) {
+    float score[kLanes];
+    int32_t id[kLanes], sinking[kLanes] = {};
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      score[lane] = scores[e * kLanes + lane];
+      id[lane] = e;
+    }
+    for (int64_t k = 0; k < kSize; ++k) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        // What was displaced once goes on sinking: it is better than all that is below, by score or by id.
+        sinking[lane] = sinking[lane] | (score[lane] > best[k][lane] ? 1 : 0);
+        const float above = sinking[lane] ? score[lane] : best[k][lane];
+        const int32_t id_above = sinking[lane] ? id[lane] : ids[k][lane];
+        score[lane] = sinking[lane] ? best[k][lane] : score[lane];
+        id[lane] = sinking[lane] ? ids[k][lane] : id[lane];
+        best[k][lane] = above;
+        ids[k][lane] = id_above;
+      }
+    }
+  }
+}
+
+// For the usual numbers of choices; false for others. Not by a pointer, so that it becomes vector code with
+// what calls it.
+inline bool find_best(int64_t size, const float* scores, int64_t num_experts, int32_t (*ids)[kLanes]) {
+  switch (size) {
+    case 1:
+      best_of_lanes<1>(scores, num_experts, ids);
+      return true;
+    case 2:
+      best_of_lanes<2>(scores, num_experts, ids);
+      return true;
+    case 3:
+      best_of_lanes<3>(scores, num_experts, ids);
+      return true;
+    case 4:
+      best_of_lanes<4>(scores, num_experts, ids);
+      return true;
+    case 5:
+      best_of_lanes<5>(scores, num_experts, ids);
+      return true;
+    case 6:
+      best_of_lanes<6>(scores, num_experts, ids);
+      return true;
+    case 7:
+      best_of_lanes<7>(scores, num_experts, ids);
+      return true;
+    case 8:
+      best_of_lanes<8>(scores, num_experts, ids);
+      return true;
+    default:
+      return false;
+  }
+}
+
 // What one thread needs for one token after the other.
 class Chooser {
  public:
   explicit Chooser(const ChooseExpertsArgs& args)
-      : args_(args), scores_(padded(args.num_experts)), probabilities_(padded(args.num_experts)) {}
+      : args_(args),
+        scores_(padded(args.num_experts)),
+        probabilities_(padded(args.num_experts)),
+        lanes_(args.num_experts * kLanes),
+        allowed_(args.num_experts) {
+    const bool listed = args.rule == Rule::kC2R || args.rule == Rule::kC2RGrouped;
+    rest_ = args.top_k - listed;
+    has_lanes_ = args.bias == nullptr && (listed || args.rule == Rule::kTopK) && rest_ >= 1 && rest_ <= 8;
+  }
+
+  // Whether kLanes tokens can be chosen for together.
+  bool has_lanes() const { return has_lanes_; }
+
+  void choose_lanes(int64_t token) {
+    const int64_t num = args_.num_experts;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float* logits = args_.logits + (token + lane) * num;
+      for (int64_t e = 0; e < num; ++e) lanes_[e * kLanes + lane] = logits[e];
+    }
+    int32_t first[1][kLanes], found[kMaxChoices][kLanes];
+    const bool listed = args_.rule != Rule::kTopK;
+    if (listed) {
+      best_of_lanes<1>(lanes_.data(), num, first);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        if (first[0][lane] >= 0) close_others(args_.logits + (token + lane) * num, first[0][lane], lane);
+      }
+    }
+    find_best(rest_, lanes_.data(), num, found);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (found[rest_ - 1][lane] < 0 || (listed && first[0][lane] < 0)) {  // too few scores above -infinity
+        choose(token + lane);
+        continue;
+      }
+      int64_t* ids = args_.ids + (token + lane) * args_.top_k;
+      if (listed) ids[0] = first[0][lane];
+      for (int64_t k = 0; k < rest_; ++k) ids[k + listed] = found[k][lane];
+      const float* logits = args_.logits + (token + lane) * num;
+      if (args_.score != Score::kSoftmaxOfChosen) score(logits);
+      weigh(logits, ids, args_.weights + (token + lane) * args_.top_k);
+    }
+  }
 
   void choose(int64_t token) {
     const float* logits = args_.logits + token * args_.num_experts;
@@ -152,6 +261,21 @@ class Chooser {
     }
   }
 
+  // Leaves in a lane only the scores of the experts that may go with the top-1 expert `first`.
+  void close_others(const float* logits, int32_t first, int64_t lane) {
+    const int32_t* list = args_.lists + first * args_.list_length;
+    std::fill_n(allowed_.data(), args_.num_experts, 0);
+    if (args_.rule == Rule::kC2R) {
+      for (int64_t i = 0; i < args_.top_t; ++i) allowed_[list[i]] = 1;
+    } else {
+      for_each_inside_groups(logits, list, [&](int32_t e) { allowed_[e] = 1; });
+    }
+    for (int64_t e = 0; e < args_.num_experts; ++e) {
+      float& score = lanes_[e * kLanes + lane];
+      score = allowed_[e] ? score : kLeast;
+    }
+  }
+
   void select_collaborators(const float* scores, int64_t* ids) const {
     Best first(1), partners(args_.top_k - 1);
     offer_range(first, scores, 0, args_.num_experts);
@@ -161,13 +285,14 @@ class Chooser {
     if (args_.rule == Rule::kC2R) {
       for (int64_t i = 0; i < args_.top_t; ++i) partners.offer(scores[list[i]], list[i]);
     } else {
-      offer_inside_groups(partners, scores, list);
+      for_each_inside_groups(scores, list, [&](int32_t e) { partners.offer(scores[e], e); });
     }
     for (int64_t k = 1; k < args_.top_k; ++k) ids[k] = partners.id(k - 1);
   }
 
   // The first distinct groups met in score order are those whose best experts are best.
-  void offer_inside_groups(Best& partners, const float* scores, const int32_t* list) const {
+  template <typename Visit>
+  void for_each_inside_groups(const float* scores, const int32_t* list, Visit visit) const {
     int32_t best_of[kMaxExperts];
     std::fill_n(best_of, args_.num_groups, -1);
     for (int32_t e = 0; e < args_.num_experts; ++e) {
@@ -185,7 +310,7 @@ class Chooser {
     int64_t found = 0;
     for (int64_t i = 0; i < args_.list_length && (i < args_.top_t || found < args_.top_k - 1); ++i) {
       if (!open[args_.group_of[list[i]]]) continue;
-      partners.offer(scores[list[i]], list[i]);
+      visit(list[i]);
       ++found;
     }
   }
@@ -210,11 +335,19 @@ class Chooser {
 
   const ChooseExpertsArgs& args_;
   std::vector<float> scores_, probabilities_;  // [num_experts]
+  std::vector<float> lanes_;                   // [num_experts, kLanes], the scores of kLanes tokens
+  std::vector<uint8_t> allowed_;               // [num_experts]
+  int64_t rest_;                               // choices after the one that the rule puts first
+  bool has_lanes_;
 };
 
 EP_VECTORISED void choose(const ChooseExpertsArgs& args, int64_t begin, int64_t end) {
   Chooser chooser(args);
-  for (int64_t token = begin; token < end; ++token) chooser.choose(token);
+  int64_t token = begin;
+  if (chooser.has_lanes()) {
+    for (; token + kLanes <= end; token += kLanes) chooser.choose_lanes(token);
+  }
+  for (; token < end; ++token) chooser.choose(token);
 }
 
 }  // namespace

@@ -115,19 +115,28 @@ int32_t place_chunks(
 }
 
 void count_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk) {
-  Choices choices(args);
+  std::vector<int32_t> rank_of(args.num_experts);
+  for (int64_t e = 0; e < args.num_experts; ++e) {
+    rank_of[e] = args.slot_of_expert[e] / static_cast<int32_t>(args.slots_per_rank);
+  }
+  std::vector<int64_t> last_token(args.num_ranks, -1);  // that has a row for the rank already
   for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
     int32_t* counts = args.scratch + chunk * args.num_ranks;
     std::fill_n(counts, args.num_ranks, 0);
     const int64_t end = std::min(args.num_tokens, (chunk + 1) * kPlanChunk);
     for (int64_t token = chunk * kPlanChunk; token < end; ++token) {
-      choices.load(token);
-      choices.for_each_row([&](int64_t rank, int64_t, int64_t) { ++counts[rank]; });
+      const int64_t* ids = args.expert_ids + token * args.top_k;
+      for (int64_t k = 0; k < args.top_k; ++k) {
+        if (ids[k] < 0) continue;
+        const int32_t rank = rank_of[ids[k]];
+        counts[rank] += args.one_row_per_copy || last_token[rank] != token;
+        last_token[rank] = token;
+      }
     }
   }
 }
 
-void place_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk) {
+EP_VECTORISED void place_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk) {
   Choices choices(args);
   for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
     int32_t* next_row = args.scratch + chunk * args.num_ranks;
