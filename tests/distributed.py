@@ -28,11 +28,18 @@ class RankFailed(AssertionError):
     """A rank raised, died or hung; the message holds what it printed."""
 
 
-def run_ranks(body: Callable[..., None], *args: object, world_size: int = 2, timeout_s: float = 120.0) -> None:
+def run_ranks(
+    body: Callable[..., None],
+    *args: object,
+    world_size: int = 2,
+    timeout_s: float = 120.0,
+    dying: frozenset[int] = frozenset(),
+) -> None:
     """Call `body(rank, world_size, *args)` on `world_size` processes; fail if any rank fails or hangs.
 
     Ranks meet through a temporary file rather than a TCP port, so tests can run side by side. `body` is a function
-    of a module, because it is sent by name. What the ranks print is printed here when they are done.
+    of a module, because it is sent by name. What the ranks print is printed here when they are done. How the ranks in
+    `dying` end is of no matter.
 
     Raises:
         RankFailed: with the output of the first rank that failed, or of all that were still running after `timeout_s`,
@@ -50,7 +57,7 @@ def run_ranks(body: Callable[..., None], *args: object, world_size: int = 2, tim
             _log(folder, rank).touch()
             process.start()
         try:
-            _watch(ranks, folder, timeout_s)
+            _watch(ranks, folder, timeout_s, dying)
         finally:
             for process in ranks:
                 process.kill()
@@ -60,7 +67,7 @@ def run_ranks(body: Callable[..., None], *args: object, world_size: int = 2, tim
             sys.stdout.write(_log(folder, rank).read_text())
 
 
-def _watch(ranks: list[BaseProcess], folder: Path, timeout_s: float) -> None:
+def _watch(ranks: list[BaseProcess], folder: Path, timeout_s: float, dying: frozenset[int]) -> None:
     deadline = time.monotonic() + timeout_s
     running = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running:
@@ -69,13 +76,13 @@ def _watch(ranks: list[BaseProcess], folder: Path, timeout_s: float) -> None:
             raise RankFailed(_describe_hang(ranks, sorted(running.values()), folder, timeout_s))
         for sentinel in ended:
             del running[sentinel]
-        if any(process.exitcode for process in ranks):
-            raise RankFailed(_describe_failure(ranks, folder))
+        if any(process.exitcode for rank, process in enumerate(ranks) if rank not in dying):
+            raise RankFailed(_describe_failure(ranks, folder, dying))
 
 
-def _describe_failure(ranks: list[BaseProcess], folder: Path) -> str:
+def _describe_failure(ranks: list[BaseProcess], folder: Path, dying: frozenset[int]) -> str:
     """The rank that failed first: the others often fail after it, only because it is gone."""
-    failed = [rank for rank, process in enumerate(ranks) if process.exitcode]
+    failed = [rank for rank, process in enumerate(ranks) if process.exitcode and rank not in dying]
     first = min(failed, key=lambda rank: _log(folder, rank).stat().st_mtime_ns)
     code = ranks[first].exitcode
     how = f"died of {signal.Signals(-code).name}" if code < 0 else "failed"
