@@ -36,9 +36,10 @@ void check_sizes(const ChooseExpertsArgs& args) {
                        args.num_experts / args.num_groups * args.max_groups >= args.top_k),
                   "choose_experts: num_groups must divide the experts, and max_groups of them hold top_k");
   const bool listed = args.rule == Rule::kC2R || args.rule == Rule::kC2RGrouped;
-  STD_TORCH_CHECK(!listed || (args.lists != nullptr && args.top_t >= args.top_k - 1 &&
-                              args.top_t <= args.list_length && args.list_length < args.num_experts),
-                  "choose_experts: C2R needs lists of top_t..experts-1 entries and top_t >= top_k - 1");
+  STD_TORCH_CHECK(
+      !listed || ((args.lists != nullptr || args.num_experts == 1) && args.top_t >= args.top_k - 1 &&
+                  args.top_t <= args.list_length && args.list_length < args.num_experts),
+      "choose_experts: C2R needs lists of top_t..experts-1 entries and top_t >= top_k - 1");
   STD_TORCH_CHECK(args.rule != Rule::kC2RGrouped ||
                       (args.group_of != nullptr && args.list_length == args.num_experts - 1),
                   "choose_experts: C2R in groups needs group_of and lists of all other experts");
