@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from ep_engine.machine import describe_machine
 
@@ -34,6 +36,16 @@ def time_in_turn(
         name: {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
         for name, times in found.items()
     }
+
+
+def print_table(title: str, times: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:
+    """Show the times and the named ratios of one case."""
+    table = Table("", "median ms", "least", "largest", title=title)
+    for name, found in times.items():
+        table.add_row(name, *(f"{found[key]:.2f}" for key in ("median_ms", "min_ms", "max_ms")))
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
 
 
 def write_results(path: Path | None, question: str, setting: dict[str, Any], results: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,14 @@ class Profile:
     load: NDArray[np.int64]
     top_k: int
     about: dict[str, Any]
+
+    @classmethod
+    def of_pairs(cls, pairs_LEE: NDArray[np.int64], top_k: int, about: dict[str, Any]) -> Self:
+        """Of what `ops.count_pairs` counted, whose diagonal is the load."""
+        counts = pairs_LEE.copy()
+        diagonal = range(counts.shape[1])
+        counts[:, diagonal, diagonal] = 0
+        return cls(counts, np.diagonal(pairs_LEE, axis1=1, axis2=2).copy(), top_k, about)
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_engine import ops
+from ep_engine import debug, ops
 from ep_engine.message import Message
 from ep_engine.plan import Hop, Plan, make_plan
 
@@ -99,6 +99,9 @@ def _carry_out(x_TD: Tensor, weights_TK: Tensor, plan: Plan) -> tuple[Tensor, Te
         ops.choice_weights(weights_TK, plan.row_choice_SW[part], message.words(out, torch.float32, width, width))
     received = exchange.finish()
     slots_RW = message.words(received, torch.int32, 0, width).contiguous()
+    if debug.wanted():
+        link = plan.hop.link
+        debug.check_slots(slots_RW, plan.hop.slots_per_rank, f"layer {link.layer} on rank {link.transport.rank}")
     return message.rows(received), message.words(received, torch.float32, width, width).contiguous(), slots_RW
 
 

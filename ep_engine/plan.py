@@ -11,13 +11,15 @@ node once, to the rank there that has the place of its home rank, and from there
 Shape letters as in ops.py; H hops.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ep_engine import ops
+from ep_engine import debug, ops
+from ep_engine.errors import Fault
 from ep_engine.placement import Cut, Placement
 from ep_engine.transport import Link
 
@@ -58,6 +60,7 @@ class Hop:
     one_row_per_copy: bool
     sum_sizes: list[int]  # group sizes, in ranks of the link, of the sum of a token's rows at their home
     run_order: list[int]  # runs of arrived rows in the order of the global tokens
+    agreement: int = 0  # what all ranks must have in common, as a number
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -84,6 +87,7 @@ def way_to(site: Site, links: Sequence[Link]) -> tuple[Hop, ...]:
         one_row_per_copy=site.one_row_per_copy,
         sum_sizes=[size // per_node for size in site.cut.group_sizes_of_ranks if size > per_node] or [1],
         run_order=_own_last(num_nodes, first.transport.rank),
+        agreement=_agreement(site, links),
     )
     if len(links) == 1:
         return (over_nodes,)
@@ -98,8 +102,15 @@ def way_to(site: Site, links: Sequence[Link]) -> tuple[Hop, ...]:
         one_row_per_copy=False,
         sum_sizes=[size for size in site.cut.group_sizes_of_ranks if size <= per_node] or [1],
         run_order=sorted(range(len(homes)), key=lambda run: homes[run]),
+        agreement=_agreement(site, links),
     )
     return over_nodes, inside_node
+
+
+def _agreement(site: Site, links: Sequence[Link]) -> int:
+    """What the ranks must have in common, in 31 bits."""
+    common = (links[0].layer, site.cut, site.slot_of_expert, site.one_row_per_copy, [k.transport.size for k in links])
+    return zlib.crc32(repr(common).encode()) >> 1
 
 
 def _in_memory(size: int, own: int) -> list[int]:
@@ -133,6 +144,9 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
 
     Reads the counts on the host, which waits for the device.
 
+    Raises:
+        Fault: another rank has another placement, rule of rows or top_k for this layer, or a peer is lost.
+
     Args:
         ids_TK: int64 ids that `hop.slot_of_id` knows, distinct in a row, -1 for none; T may be 0 and may differ
             between ranks.
@@ -142,6 +156,8 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
     """
     num_tokens, top_k = ids_TK.shape
     link, size = hop.link, hop.link.transport.size
+    if debug.wanted():
+        debug.check_ids(ids_TK, len(hop.slot_of_id), f"layer {link.layer} on rank {link.transport.rank}")
     slot_of_id, _ = hop.tables(ids_TK.device)
     sent = ops.plan_send(
         ids_TK,
@@ -154,8 +170,13 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
     counts_PN = sent.rows_per_rank_P.unsqueeze(1)
     if run_of_token_T is not None:
         counts_PN = _count_runs(sent, run_of_token_T, num_runs, link.transport.rank)
-    arriving_PN = link.exchange_counts(counts_PN)
-    send_rows, recv_rows = torch.stack((sent.rows_per_rank_P, arriving_PN.sum(dim=1, dtype=torch.int32))).tolist()
+    agreement = torch.full((size, 1), hop.agreement ^ top_k, dtype=torch.int32, device=ids_TK.device)
+    arrived_PN = link.exchange_counts(torch.cat((counts_PN, agreement), dim=1))
+    arriving_PN = arrived_PN[:, :-1]
+    send_rows, recv_rows, words = torch.stack(
+        (sent.rows_per_rank_P, arriving_PN.sum(dim=1, dtype=torch.int32), arrived_PN[:, -1])
+    ).tolist()
+    _check_agreement(words, hop, top_k)
     num_rows = sum(send_rows)
     return Plan(
         hop=hop,
@@ -170,6 +191,17 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
         send_rows=send_rows,
         recv_rows=recv_rows,
     )
+
+
+def _check_agreement(words: list[int], hop: Hop, top_k: int) -> None:
+    """Whether all ranks plan the same layer in the same way: otherwise rows would go astray."""
+    link = hop.link
+    other = [rank for rank, word in enumerate(words) if word != hop.agreement ^ top_k]
+    if other:
+        raise Fault(
+            f"rank {link.transport.rank} of {link.transport.size} in group ep: layer {link.layer} is planned otherwise "
+            f"on rank {other[0]}; give all ranks the same model, placement and moe.combine"
+        )
 
 
 def _count_runs(sent: ops.SendTables, run_of_token_T: Tensor, num_runs: int, own_rank: int) -> Tensor:

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ep_engine import checkpoint, ops
@@ -68,16 +67,13 @@ def profile(
         for counts_EE, router in zip(counts_LEE, model(inputs_BS).routers, strict=True):
             ops.count_pairs(router.ids_TK, counts_EE)
         advance((start + len(windows)) * sequence_length)
-    counts = counts_LEE.cpu().numpy()
-    load = np.diagonal(counts, axis1=1, axis2=2).copy()
-    counts[:, range(experts), range(experts)] = 0
     about = {
         "tokens": num_windows * sequence_length,
         "seed": seed,
         "model_hash": _hash_of_model(folder),
         "corpus_hash": _hash_of_file(tokens.bin_path),
     }
-    return Profile(counts, load, config.moe.top_k, about)
+    return Profile.of_pairs(counts_LEE.numpy(), config.moe.top_k, about)
 
 
 def load_model(folder: Path, device: torch.device) -> Decoder:

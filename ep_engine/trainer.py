@@ -3,6 +3,7 @@
 FOLDER/run.toml                  what was asked, with the layout and the versions as comments
 FOLDER/metrics.jsonl             a line every `train.log_every` steps
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
+FOLDER/profile.npz               who worked with whom in a MoE model, for `ep-engine place`
 FOLDER/summary.json              written last: the figures of the run since `first_step`
 
 A resumed run writes run.from-STEP.toml beside run.toml, and drops the metrics of the steps that it does again.
@@ -25,7 +26,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ep_engine import checkpoint
+from ep_engine import checkpoint, ops
+from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import Fault, UserError
 from ep_engine.evaluate import Evaluation, evaluate
@@ -50,6 +52,14 @@ from ep_engine.transport import lost_peer
 
 # What gloo, NCCL and torch.distributed say when a peer is gone or silent.
 _BACKENDS = re.compile(r"gloo|nccl|ProcessGroup|Connection (closed|reset)|Timed out waiting", re.IGNORECASE)
+
+
+def _no_pairs(run: Run, device: torch.device) -> Tensor:
+    """(L, E, E) int64 zeros for `ops.count_pairs`; no layers in a dense model."""
+    moe = run.model.moe
+    layers, experts = (run.model.num_layers, moe.num_experts) if moe else (0, 0)
+    return torch.zeros(layers, experts, experts, dtype=torch.int64, device=device)
+
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -115,6 +125,7 @@ class Trainer:
         self.total = Ledger(self.ledger.tier_of_rank)
         self.speeds: list[float] = []
         self.loads_LE: Tensor | None = None
+        self.pairs_LEE = _no_pairs(run, device)
         self.last_saved: Path | None = None
 
     def _load(self) -> int:
@@ -149,6 +160,7 @@ class Trainer:
                 window.started += time.perf_counter() - before  # a save is no training
         with self._peers_watched("the evaluation"):
             summary = self._summary()
+            self._save_profile(folder)
         if self.rank == 0:
             with whole_file(folder / "summary.json") as beside:
                 beside.write_text(json.dumps(summary, indent=1) + "\n")
@@ -200,6 +212,8 @@ class Trainer:
         if output.routers:
             load_LE = torch.stack([router.load_E for router in output.routers])
             window.load_LE = load_LE if window.load_LE is None else window.load_LE + load_LE
+            for pairs_EE, router in zip(self.pairs_LEE, output.routers, strict=True):
+                ops.count_pairs(router.ids_TK, pairs_EE)
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
@@ -289,6 +303,16 @@ class Trainer:
             overwrite=True,
         )
         self.last_saved = path
+
+    def _save_profile(self, folder: Path) -> None:
+        """Who worked with whom in the steps of this run: `profile.npz`, as `ep-engine profile` writes it."""
+        moe = self.run.model.moe
+        if moe is None:
+            return
+        dist.all_reduce(self.pairs_LEE, group=self.group)
+        about = {"tokens": (self.step - self.first_step) * self.tokens_per_step, "seed": self.config.train.seed}
+        if self.rank == 0:
+            Profile.of_pairs(self.pairs_LEE.cpu().numpy(), moe.top_k, about).save(folder / "profile.npz")
 
     def _open_folder(self, folder: Path) -> None:
         if self.rank == 0:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
-    "ops", "placement", "ledger", "reference", "message", "transport", "shared_memory",  # what the data path stands on
+    "debug", "ops", "placement", "ledger", "reference", "message", "transport", "shared_memory",  # what is below
     "selection", "router", "plan", "dispatch", "experts", "combine",  # the data path
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "checkpoint", "initial", "collaboration",  # what it reads and writes

@@ -1,17 +1,20 @@
 """The layer on one rank: by hand, against the reference forward and backward, and at the edges."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from ep_engine import reference
+from ep_engine import debug, experts, reference
+from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
 from ep_engine.model_config import MoEConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.placement import Placement
-from ep_engine.plan import Site
+from ep_engine.plan import Site, make_plan
 from ep_engine.transport import Alone, Link
 from tests.moe_cases import D, make_layer, set_routing
 
@@ -113,6 +116,69 @@ def test_threads_over_experts_give_the_bits_of_one_thread() -> None:
     torch.set_num_threads(threads)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_gradients_of_weights_may_come_later_with_the_same_bits() -> None:
+    layer, x_TD, grad = make_layer(8, 2, 4), torch.randn(64, D), torch.randn(64, D)
+    expected = forward_and_grads(layer, x_TD, grad)
+    layer.experts.weight_grads_later = True
+    for a, b in zip(expected, forward_and_grads(layer, x_TD, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradients_of_rows_are_not_computed_again_for_those_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As zero-bubble schedules do it: first the rows', and from the node that ties both together the weights'."""
+    layer, x_TD = make_layer(8, 2, 4), torch.randn(64, D)
+    expected = forward_and_grads(layer, x_TD, torch.ones(64, D))
+    layer.experts.weight_grads_later = True
+    layer.zero_grad()
+    calls = Counter[str]()
+    for function in (experts._Mixture, experts._WeightGrads):
+        plain = function.backward
+
+        def counted(ctx: Any, *grads: Tensor, plain: Any = plain, name: str = function.__name__) -> Any:
+            calls[name] += 1
+            return plain(ctx, *grads)
+
+        monkeypatch.setattr(function, "backward", staticmethod(counted))
+    x = x_TD.clone().requires_grad_()
+    y, _ = layer(x)
+    weights = list(layer.experts.parameters())
+    (grad_x,) = torch.autograd.grad(y, x, torch.ones(64, D), retain_graph=True)
+    assert torch.equal(grad_x, expected[1])
+    assert calls == {"_Mixture": 1}
+    node = y.grad_fn
+    while node is not None and "_Join" not in node.name():
+        node = node.next_functions[0][0]
+    assert node is not None
+    edge = GradientEdge(node, 0)
+    grads = torch.autograd.grad((edge,), weights, (torch.zeros(64, D),))
+    assert calls == {"_Mixture": 1, "_WeightGrads": 1}
+    for grad, whole in zip(grads, expected[-2:], strict=True):
+        assert torch.equal(grad, whole)
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        ([[0, 8]], r"layer 0 on rank 0: token 0 names an expert outside 0..7: \[0, 8\]"),
+        ([[0, 1], [3, 3]], r"token 1 names an expert twice: \[3, 3\]"),
+    ],
+)
+def test_debug_finds_ids_that_cannot_be(ids: Any, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP_DEBUG", "1")
+    layer = make_layer(8, 2, 4)
+    make_plan(torch.tensor([[0, 1]]), layer.way[0])
+    with pytest.raises(Fault, match=sentence):
+        make_plan(torch.tensor(ids), layer.way[0])
+
+
+def test_debug_finds_slots_that_cannot_be() -> None:
+    good = torch.tensor([[0, 2, -1], [1, -1, -1]]).int()
+    debug.check_slots(good, 3, "here")
+    for row in ([2, 0, -1], [0, 3, -1], [-1, -1, -1], [0, -1, 2], [0, -2, -1], [1, 1, -1]):
+        with pytest.raises(Fault, match=r"here: arrived row 1 names slots .* of 3"):
+            debug.check_slots(torch.tensor([[0, 2, -1], row]).int(), 3, "here")
 
 
 def test_the_layer_joins_a_group_with_the_experts_of_its_place() -> None:

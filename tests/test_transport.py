@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
+from ep_engine.placement import Placement
+from ep_engine.plan import Site, make_plan, way_to
 from ep_engine.shared_memory import SharedMemory
 from ep_engine.transport import Collective, Link, Transport
 from tests.distributed import run_ranks
@@ -85,3 +87,16 @@ def _wait_for_a_silent_peer(rank: int, world_size: int) -> None:
     else:
         time.sleep(6)
     dist.barrier()  # the other group still works
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_ranks_that_plan_otherwise_are_a_fault(name: str) -> None:
+    run_ranks(_plan_otherwise, name)
+
+
+def _plan_otherwise(rank: int, world_size: int, name: str) -> None:
+    link = Link(TRANSPORTS[name](dist.group.WORLD, 20.0), Ledger(["self", "node"]), 4)
+    placement = Placement(devices=2, factors=(2,), layers=[[0, 1, 2, 3] if rank == 0 else [1, 0, 2, 3]])
+    (hop,) = way_to(Site.of(placement, 0, placement.cut(2), rank), [link])
+    with pytest.raises(Fault, match=f"rank {rank} of 2 in group ep: layer 4 is planned otherwise on rank {1 - rank}"):
+        make_plan(torch.tensor([[0, 2]]), hop)

@@ -1,0 +1,68 @@
+"""Ranks of one machine for benchmarks: start them, and time calls that all of them make together."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+@dataclass(frozen=True)
+class Together:
+    """A call that every rank makes, or the first rank alone while the others wait."""
+
+    call: Callable[[], object]
+    alone: bool = False
+    threads: int = 1
+
+
+def on_ranks(body: Callable[..., dict[str, Any]], *args: object, world_size: int) -> dict[str, Any]:
+    """Call `body(rank, *args)` on gloo ranks in processes of their own; what the first rank returns."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        answers = context.SimpleQueue()
+        mp.spawn(_run, (world_size, folder, body, args, answers), nprocs=world_size)
+        found: dict[str, Any] = answers.get()
+    return found
+
+
+def _run(rank: int, world_size: int, folder: str, body: Any, args: tuple[object, ...], answers: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    found = body(rank, *args)
+    dist.barrier()
+    if rank == 0:
+        answers.put(found)
+    dist.destroy_process_group()
+
+
+def time_together(calls: dict[str, Together], *, rounds: int, warm_up: int = 3) -> dict[str, dict[str, float]]:
+    """Milliseconds of each call, the calls taking turns: median, least and largest, each that of the slowest rank."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + rounds):
+        for name, together in calls.items():
+            milliseconds = _time(together)
+            if turn >= warm_up:
+                found[name].append(milliseconds)
+    return {
+        name: {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
+        for name, times in found.items()
+    }
+
+
+def _time(together: Together) -> float:
+    torch.set_num_threads(together.threads)
+    dist.barrier()
+    started = time.perf_counter()
+    if not together.alone or dist.get_rank() == 0:
+        together.call()
+    slowest = torch.tensor((time.perf_counter() - started) * 1e3, dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.item()
