@@ -15,6 +15,7 @@ allocator reports them, less what was there before and less gradients of weights
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,6 +212,8 @@ def peer_time(name: str, shape: Shape, ranks: int, args: argparse.Namespace) -> 
         line += [f"--{key}", str(value)]
     if args.megatron_shim:
         line += ["--megatron-shim", str(args.megatron_shim)]
+    if shutil.which(args.peers_python) is None:
+        return {"peer": name, "left_out": f"there is no {args.peers_python}"}
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     try:
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

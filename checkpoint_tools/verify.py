@@ -160,17 +160,11 @@ def _outputs(source: Source, tokens: Tensor) -> dict[str, Tensor]:
 
 def _engine_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:
     from ep_engine.model import Decoder
+    from ep_engine.parallelize import entries_of
 
     model = Decoder(source.config).float().eval()
-    state = {name: tensor.float() for name, tensor in source.tensors.items() if ".moe.experts." not in name}
-    moe = source.config.moe
-    if moe is not None:
-        for layer in range(source.config.num_layers):
-            at = f"layers.{layer}.moe.experts"
-            for name in ("w_gate", "w_up", "w_down"):
-                experts = [source.tensors[f"{at}.{e}.{name}"].float() for e in range(moe.num_experts)]
-                state[f"{at}.{name}"] = torch.stack(experts)
-    model.load_state_dict(state)
+    for name, shard in entries_of(model).items():
+        shard.tensor.copy_(source.tensors[name])
     return model, model.layers
 
 

@@ -1,4 +1,4 @@
-"""Checks that cost time and so wait to be asked for, with EP_DEBUG=1 in the environment: the only file that reads it."""
+"""Checks that cost time and so wait to be asked for with EP_DEBUG=1 in the environment, which only this file reads."""
 
 import os
 

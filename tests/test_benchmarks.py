@@ -5,11 +5,15 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks.all_to_all import rows_to_send
+from benchmarks.kernels import choice_calls, move_calls, plan_calls
 from benchmarks.timing import time_in_turn
 
 ROOT = Path(__file__).parents[1]
@@ -34,10 +38,55 @@ def test_calls_take_turns_and_are_warmed_up() -> None:
     assert all(times["min_ms"] <= times["median_ms"] <= times["max_ms"] for times in found.values())
 
 
-def test_layer_benchmark_compares_equal_outputs(tmp_path: Path) -> None:
-    sizes = ("--tokens", "64", "--hidden", "32", "--width", "16", "--experts", "4", "--top-k", "2")
-    document = run(tmp_path, "benchmarks.bench_moe_layer", *sizes)
-    assert list(document["results"]) == ["ep_engine", "transformers eager", "transformers grouped_mm"]
+@pytest.mark.slow
+def test_layer_benchmark_compares_equal_outputs_and_names_what_is_left_out(tmp_path: Path) -> None:
+    line = (
+        "--shapes",
+        "quarter",
+        "--tokens",
+        "64",
+        "--ep",
+        "2",
+        "--peers",
+        "deepspeed",
+        "--peers-python",
+        "/none/python",
+    )
+    found = run(tmp_path, "benchmarks.moe_layer", *line)["results"]["quarter"]
+    assert {"ours ep1", "ours ep2 collective", "ours ep2 shared_memory", "dense"} <= found["times"].keys()
+    assert {"transformers eager", "transformers grouped_mm", "transformers batched_mm"} <= found["times"].keys()
+    assert found["left_out"] == ["deepspeed: there is no /none/python"]
+    assert found["ratios"]["peak_activation_vs_transformers_best"] > 0
+    assert found["activation_bytes"]["ours ep1"]["held"] <= found["activation_bytes"]["ours ep1"]["peak"]
+
+
+def test_all_to_all_benchmark_compares_equal_messages(tmp_path: Path) -> None:
+    line = ("--ranks", "2", "--mebibytes", "0.25")
+    results = run(tmp_path, "benchmarks.all_to_all", *line)["results"]
+    assert list(results) == ["2 ranks, 0.25 MiB, even", "2 ranks, 0.25 MiB, skewed"]
+    for found in results.values():
+        assert found["ratios"].keys() == {"shared_memory_vs_gloo", "vs_nt_memcpy", "pack_to_expand_vs_gloo"}
+
+
+def test_skewed_messages_are_as_many_bytes() -> None:
+    for size, skewed in product((2, 4), (False, True)):
+        rows = [rows_to_send(rank, size, 1000, skewed) for rank in range(size)]
+        assert all(sum(sent) == 1000 and sent[rank] == 0 for rank, sent in enumerate(rows))
+    assert rows_to_send(0, 4, 900, True)[1] == 600
+
+
+def test_kernel_benchmark_compares_the_same_work() -> None:
+    """Each call once, but not the compiled ones, whose compilation takes a minute; the choices are compared inside."""
+    logits_TE = torch.randn(64, 64)
+    ids_TK = logits_TE.topk(8, dim=1).indices
+    calls = {**move_calls(ids_TK, 64, torch.bfloat16), **plan_calls(ids_TK, 64), **choice_calls(logits_TE)}
+    for name, call in calls.items():
+        if "compiled" not in name:
+            call()
+    order, counts = calls["plan torch"]()
+    grouped = calls["group"]()
+    assert torch.equal(grouped.copy_row_N.long(), order // 8)
+    assert torch.equal(grouped.rows_per_slot_L.long(), counts)
 
 
 def test_dispatch_benchmark_counts_fewer_bytes_per_device(tmp_path: Path) -> None:

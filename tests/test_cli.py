@@ -251,6 +251,7 @@ def test_run_folder_is_replaced_only_with_overwrite(run: Command, files: Path, t
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoints",
         "metrics.jsonl",
+        "profile.npz",
         "run.toml",
         "summary.json",
     ]
