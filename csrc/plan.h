@@ -57,7 +57,6 @@ struct PlanArrivalArgs {
   int32_t* rows_per_slot;  // [num_slots]
   int32_t* position;       // [num_rows, row_width], place of a copy among all copies grouped by slot, or -1
   int32_t* copy_row;       // [num_rows * row_width], the row that each place is fed from, then -1
-  int32_t* copy_column;    // likewise: which of the row's columns it is
   int32_t* scratch;        // [scratch_size(num_rows, num_slots)]
 };
 

@@ -41,8 +41,7 @@ class ArrivalTables(NamedTuple):
 
     rows_per_slot_L: Tensor
     position_RW: Tensor  # where each copy of a row stands
-    copy_row_N: Tensor  # the row each copy comes from; -1 from the sum of rows_per_slot on, like the next
-    copy_column_N: Tensor  # and which of the row's columns it is
+    copy_row_N: Tensor  # the row each copy comes from; -1 from the sum of rows_per_slot on
 
 
 class Selection(NamedTuple):
@@ -149,7 +148,6 @@ def plan_arrival(row_slot_RW: Tensor, rows_of_run: Tensor, run_order: Tensor, *,
         rows_per_slot_L=empty(num_slots),
         position_RW=empty(num_rows, width),
         copy_row_N=empty(num_rows * width),
-        copy_column_N=empty(num_rows * width),
     )
     scratch = empty(_scratch_size(num_rows, num_slots))
     _ops.plan_arrival(row_slot_RW.contiguous(), rows_of_run, run_order, *tables, scratch)

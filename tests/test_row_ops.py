@@ -129,7 +129,7 @@ def test_every_op_is_described_to_the_compiler() -> None:
         "plan_send": (ids_TK, int32(3).copy_(torch.arange(3)), 1, 3, 0, False, int32(1), int32(2), int32(2, 2),
                       int32(2, 2), int32(2, 1), int32(2, 1), int32(2)),
         "plan_arrival": (int32(2, 1).zero_(), int32(1).fill_(2), int32(1).zero_(), int32(3), int32(2, 1), int32(2),
-                         int32(2), int32(6)),
+                         int32(6)),
     }  # fmt: skip
     for name, arguments in calls.items():
         op = getattr(torch.ops.ep_engine, name).default

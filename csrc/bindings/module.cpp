@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY(ep_engine, m) {
       "Tensor(d!) row_choice, Tensor(e!) visit_row, Tensor(f!) visit_rank, Tensor(g!) scratch) -> ()");
   m.def(
       "plan_arrival(Tensor row_slot, Tensor rows_of_run, Tensor run_order, Tensor(a!) rows_per_slot, "
-      "Tensor(b!) position, Tensor(c!) copy_row, Tensor(d!) copy_column, Tensor(e!) scratch) -> ()");
+      "Tensor(b!) position, Tensor(c!) copy_row, Tensor(d!) scratch) -> ()");
   m.def(
       "choose_experts(Tensor logits, Tensor? bias, Tensor? lists, Tensor? group_of, int rule, int top_t, "
       "int num_groups, int max_groups, int group_top, int score, bool renormalise, float scale, "

@@ -58,7 +58,6 @@ void plan_arrival(const Tensor& row_slot,
                   const Tensor& rows_per_slot,
                   const Tensor& position,
                   const Tensor& copy_row,
-                  const Tensor& copy_column,
                   const Tensor& scratch) {
   STD_TORCH_CHECK(row_slot.dim() == 2, "plan_arrival: row_slot must be a matrix");
   const Tensor& first = row_slot;
@@ -77,7 +76,6 @@ void plan_arrival(const Tensor& row_slot,
       .rows_per_slot = data<int32_t>(rows_per_slot, "rows_per_slot", num_slots, first),
       .position = data<int32_t>(position, "position", num_rows * width, first),
       .copy_row = data<int32_t>(copy_row, "copy_row", num_rows * width, first),
-      .copy_column = data<int32_t>(copy_column, "copy_column", num_rows * width, first),
       .scratch = data<int32_t>(scratch, "scratch", scratch_size(num_rows, num_slots), first)};
   EP_RETURN_IF_CUDA(first, plan_arrival_cuda, args)
   plan_arrival_cpu(args, chunks_in_parallel);

@@ -223,7 +223,6 @@ void place_copies(const PlanArrivalArgs& args, const Runs& runs, int64_t begin_c
         const int32_t place = next[slots[c]]++;
         positions[c] = place;
         args.copy_row[place] = static_cast<int32_t>(row);
-        args.copy_column[place] = static_cast<int32_t>(c);
       }
       std::fill_n(positions + c, args.row_width - c, -1);
     });
@@ -257,7 +256,6 @@ void plan_arrival_cpu(const PlanArrivalArgs& args, const ParallelFor& parallel_f
 
   const int64_t unused = args.num_rows * args.row_width - num_copies;
   std::fill_n(args.copy_row + num_copies, unused, -1);
-  std::fill_n(args.copy_column + num_copies, unused, -1);
   std::fill_n(
       args.position + runs.total() * args.row_width, (args.num_rows - runs.total()) * args.row_width, -1);
 }

@@ -88,9 +88,11 @@ __device__ Copy load_copy(const CombineRowsArgs& args, int64_t r, int64_t first,
 //
 // Block: as many warps as the packs of a row fill, at most kWarpsPerBlock; grid num_rows.
 template <typename T, int kWidth, int kLevels>
-__global__ void combine_rows_kernel(const CombineRowsArgs args, int64_t row_packs) {
+__global__ void combine_rows_kernel(const CombineRowsArgs args) {
   const auto* y = static_cast<const Pack<T, kWidth>*>(args.y);
   auto* out = static_cast<Pack<T, kWidth>*>(args.out);
+  const int64_t row_packs = args.dim / kWidth;
+  const int64_t y_stride = args.y_stride / kWidth, out_stride = args.out_stride / kWidth;  // in packs
   const int64_t r = blockIdx.x;
   const int lane = threadIdx.x % kWarpSize;
 
@@ -108,38 +110,15 @@ __global__ void combine_rows_kernel(const CombineRowsArgs args, int64_t row_pack
         const float weight = __shfl_sync(kAllLanes, copy.weight, c);
         const int closes = __shfl_sync(kAllLanes, copy.closes, c);
         if (p >= row_packs) continue;
-        const Pack<T, kWidth> pack = y[row * row_packs + p];
+        const Pack<T, kWidth> pack = y[row * y_stride + p];
         tree.close(closes);
         tree.add_copy(pack, weight);
       }
       if (absent != 0) break;
       last_leaf = __shfl_sync(kAllLanes, copy.leaf, kWarpSize - 1);
     }
-    if (p < row_packs) out[r * row_packs + p] = tree.finish();
+    if (p < row_packs) out[r * out_stride + p] = tree.finish();
   }
-}
-
-// One warp makes one inner product. Lane i sums packs i, i + 32, ... and the lanes are added in pairs: a
-// fixed order, so the result is the same from run to run. Lanes talk by shuffles only, hence no shared
-// memory.
-//
-// Block (kWarpSize, kWarpsPerBlock); grid ceil(num_rows * num_columns / kWarpsPerBlock).
-template <typename T, int kWidth>
-__global__ void weight_grad_kernel(const CombineRowsWeightGradArgs args, int64_t row_packs) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
-  if (c >= args.num_rows * args.num_columns) return;
-
-  float sum = 0.0f;
-  if (args.index[c] >= 0) {
-    const auto* grad = static_cast<const Pack<T, kWidth>*>(args.grad_out) + c / args.num_columns * row_packs;
-    const auto* y = static_cast<const Pack<T, kWidth>*>(args.y) + args.index[c] * row_packs;
-    for (int64_t p = threadIdx.x; p < row_packs; p += kWarpSize) {
-      const Pack<T, kWidth> a = grad[p], b = y[p];
-      for (int i = 0; i < kWidth; ++i) sum = __fmaf_rn(widen(a.values[i]), widen(b.values[i]), sum);
-    }
-  }
-  for (int apart = kWarpSize / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(kAllLanes, sum, apart);
-  if (threadIdx.x == 0) args.grad_weight[c] = sum;
 }
 
 }  // namespace
@@ -147,27 +126,16 @@ __global__ void weight_grad_kernel(const CombineRowsWeightGradArgs args, int64_t
 cudaError_t combine_rows_cuda(const CombineRowsArgs& args, cudaStream_t stream) {
   if (args.num_rows == 0) return cudaSuccess;  // an empty grid is a launch error
 
-  with_pack(args.type, args.dim, {args.y, args.out}, [&]<typename T, int kWidth>(Pack<T, kWidth>) {
+  const Rows y{args.y, args.y_stride}, out{args.out, args.out_stride};
+  with_pack(args.type, args.dim, {y, out}, [&]<typename T, int kWidth>(Pack<T, kWidth>) {
     const int64_t row_packs = args.dim / kWidth;
     const int64_t warps = std::clamp<int64_t>((row_packs + kWarpSize - 1) / kWarpSize, 1, kWarpsPerBlock);
     const auto grid = static_cast<unsigned>(args.num_rows), block = static_cast<unsigned>(warps * kWarpSize);
     if (args.num_levels <= kUsualTreeLevels) {
-      combine_rows_kernel<T, kWidth, kUsualTreeLevels><<<grid, block, 0, stream>>>(args, row_packs);
+      combine_rows_kernel<T, kWidth, kUsualTreeLevels><<<grid, block, 0, stream>>>(args);
     } else {
-      combine_rows_kernel<T, kWidth, kMaxTreeLevels><<<grid, block, 0, stream>>>(args, row_packs);
+      combine_rows_kernel<T, kWidth, kMaxTreeLevels><<<grid, block, 0, stream>>>(args);
     }
-  });
-  return cudaGetLastError();
-}
-
-cudaError_t combine_rows_weight_grad_cuda(const CombineRowsWeightGradArgs& args, cudaStream_t stream) {
-  const int64_t count = args.num_rows * args.num_columns;
-  if (count == 0) return cudaSuccess;  // an empty grid is a launch error
-
-  const dim3 block(kWarpSize, kWarpsPerBlock);
-  const auto grid = static_cast<unsigned>((count + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  with_pack(args.type, args.dim, {args.grad_out, args.y}, [&]<typename T, int kWidth>(Pack<T, kWidth>) {
-    weight_grad_kernel<T, kWidth><<<grid, block, 0, stream>>>(args, args.dim / kWidth);
   });
   return cudaGetLastError();
 }

@@ -38,24 +38,30 @@ struct alignas(sizeof(T) * kWidth) Pack {
 
 constexpr int64_t kVectorBytes = 16;  // the widest load of a thread
 
+// A matrix of rows, and the elements from one to the next.
+struct Rows {
+  const void* first;
+  int64_t stride;
+};
+
 // Calls launch(Pack<T, kWidth>{}): 16-byte packs if every row of `dim` elements starts on 16 bytes, else one
 // element.
 template <typename T, typename Launch>
-void with_pack_of(int64_t dim, std::initializer_list<const void*> matrices, const Launch& launch) {
-  bool aligned = dim * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
-  for (const void* matrix : matrices) aligned &= reinterpret_cast<uintptr_t>(matrix) % kVectorBytes == 0;
+void with_pack_of(int64_t dim, std::initializer_list<Rows> matrices, const Launch& launch) {
+  constexpr int64_t kElements = kVectorBytes / sizeof(T);
+  bool aligned = dim % kElements == 0;
+  for (const Rows& rows : matrices) {
+    aligned &= reinterpret_cast<uintptr_t>(rows.first) % kVectorBytes == 0 && rows.stride % kElements == 0;
+  }
   if (aligned) {
-    launch(Pack<T, kVectorBytes / sizeof(T)>{});
+    launch(Pack<T, kElements>{});
   } else {
     launch(Pack<T, 1>{});
   }
 }
 
 template <typename Launch>
-void with_pack(ElementType type,
-               int64_t dim,
-               std::initializer_list<const void*> matrices,
-               const Launch& launch) {
+void with_pack(ElementType type, int64_t dim, std::initializer_list<Rows> matrices, const Launch& launch) {
   if (type == ElementType::kFloat32) {
     with_pack_of<float>(dim, matrices, launch);
   } else {

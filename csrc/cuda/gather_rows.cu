@@ -12,17 +12,19 @@ constexpr int kWarpsPerBlock = 8;
 //
 // Block (kWarpSize, kWarpsPerBlock); grid ceil(num_rows / kWarpsPerBlock).
 template <typename T, int kWidth>
-__global__ void gather_rows_kernel(const Pack<T, kWidth>* __restrict__ x,  // [any, row_packs]
+__global__ void gather_rows_kernel(const Pack<T, kWidth>* __restrict__ x,  // [any], rows of row_packs
                                    const int32_t* __restrict__ row,        // [num_rows]
                                    const float* __restrict__ weight,       // [num_rows], or null
-                                   Pack<T, kWidth>* __restrict__ out,      // [num_rows, row_packs]
+                                   Pack<T, kWidth>* __restrict__ out,      // [num_rows], likewise
                                    int64_t num_rows,
-                                   int64_t row_packs) {
+                                   int64_t row_packs,
+                                   int64_t x_stride,      // packs from one row to the next
+                                   int64_t out_stride) {  // likewise
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
   if (n >= num_rows || row[n] < 0) return;
 
-  const Pack<T, kWidth>* src = x + row[n] * row_packs;
-  Pack<T, kWidth>* dst = out + n * row_packs;
+  const Pack<T, kWidth>* src = x + row[n] * x_stride;
+  Pack<T, kWidth>* dst = out + n * out_stride;
   if (weight == nullptr) {
     for (int64_t p = threadIdx.x; p < row_packs; p += kWarpSize) dst[p] = src[p];
     return;
@@ -42,13 +44,16 @@ cudaError_t gather_rows_cuda(const GatherRowsArgs& args, cudaStream_t stream) {
 
   const dim3 block(kWarpSize, kWarpsPerBlock);
   const auto grid = static_cast<unsigned>((args.num_rows + kWarpsPerBlock - 1) / kWarpsPerBlock);
-  with_pack(args.type, args.dim, {args.x, args.out}, [&]<typename T, int kWidth>(Pack<T, kWidth>) {
+  const Rows x{args.x, args.x_stride}, out{args.out, args.out_stride};
+  with_pack(args.type, args.dim, {x, out}, [&]<typename T, int kWidth>(Pack<T, kWidth>) {
     gather_rows_kernel<T, kWidth><<<grid, block, 0, stream>>>(static_cast<const Pack<T, kWidth>*>(args.x),
                                                               args.row,
                                                               args.weight,
                                                               static_cast<Pack<T, kWidth>*>(args.out),
                                                               args.num_rows,
-                                                              args.dim / kWidth);
+                                                              args.dim / kWidth,
+                                                              args.x_stride / kWidth,
+                                                              args.out_stride / kWidth);
   });
   return cudaGetLastError();
 }

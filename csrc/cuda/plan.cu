@@ -76,7 +76,7 @@ struct Table {
 // One of a token's choices, with what a row tells its rank about it.
 struct Choice {
   int32_t slot;    // global
-  int32_t choice;  // column of expert_ids
+  int32_t choice;  // of all choices
   int64_t expert;
 };
 
@@ -91,16 +91,20 @@ struct SendItems {
 
   __device__ void mark(int64_t token, const ChunkBits& bits) const {
     for (int64_t k = 0; k < args.top_k; ++k) {
-      const int32_t slot = args.slot_of_expert[args.expert_ids[token * args.top_k + k]];
-      bits.mark(rank_of(slot), args.one_row_per_copy ? k : 0);
+      const int64_t expert = args.expert_ids[token * args.top_k + k];
+      if (expert >= 0) bits.mark(rank_of(args.slot_of_expert[expert]), args.one_row_per_copy ? k : 0);
     }
   }
 
-  __device__ void sort_choices(int64_t token, Choice* choices) const {
+  // The number of choices; an id of -1 is none.
+  __device__ int64_t sort_choices(int64_t token, Choice* choices) const {
+    int64_t count = 0;
     for (int64_t k = 0; k < args.top_k; ++k) {
       const int64_t expert = args.expert_ids[token * args.top_k + k];
-      const Choice next{args.slot_of_expert[expert], static_cast<int32_t>(k), expert};
-      int64_t at = k;  // insertion: top_k is small
+      if (expert < 0) continue;
+      const auto choice = static_cast<int32_t>(token * args.top_k + k);
+      const Choice next{args.slot_of_expert[expert], choice, expert};
+      int64_t at = count++;  // insertion: top_k is small
       while (at > 0 && (args.one_row_per_copy ? choices[at - 1].expert > next.expert
                                               : choices[at - 1].slot > next.slot)) {
         choices[at] = choices[at - 1];
@@ -108,16 +112,17 @@ struct SendItems {
       }
       choices[at] = next;
     }
+    return count;
   }
 
   __device__ void place(int64_t token, const ChunkBits& bits, const Table& table) const {
     Choice choices[kMaxTopK];
-    sort_choices(token, choices);
+    const int64_t count = sort_choices(token, choices);
     int64_t visit = token * args.max_visits;
-    for (int64_t first = 0, last; first < args.top_k; first = last, ++visit) {
+    for (int64_t first = 0, last; first < count; first = last, ++visit) {
       const int64_t rank = rank_of(choices[first].slot);
       last = first + 1;
-      while (!args.one_row_per_copy && last < args.top_k && rank_of(choices[last].slot) == rank) ++last;
+      while (!args.one_row_per_copy && last < count && rank_of(choices[last].slot) == rank) ++last;
       if (!bits.has(rank)) continue;
       int32_t row = table.first_place(bits, rank);
       for (int64_t c = 0; args.one_row_per_copy && c < first; ++c) row += rank_of(choices[c].slot) == rank;
@@ -137,17 +142,22 @@ struct SendItems {
 struct ArrivalItems {
   PlanArrivalArgs args;
 
-  // The row of an index in the order of global tokens, or -1 behind the last. The own rows stand last in
-  // memory, but between those of their neighbours in that order.
+  // The row of an index in the order of global tokens, or -1 behind the last. There are few runs: a thread
+  // walks over them.
   __device__ int64_t at(int64_t index) const {
-    int64_t before = 0, total = 0;  // rows from ranks before the own one, and from all
-    for (int64_t rank = 0; rank < args.num_ranks; ++rank) {
-      if (rank < args.own_rank) before += args.rows_from_rank[rank];
-      total += args.rows_from_rank[rank];
+    for (int64_t i = 0; i < args.num_runs; ++i) {
+      const int32_t run = args.run_order[i];
+      if (index < args.rows_of_run[run]) return first_row(run) + index;
+      index -= args.rows_of_run[run];
     }
-    const int64_t own = args.rows_from_rank[args.own_rank];
-    if (index >= total) return -1;
-    return index < before ? index : index < before + own ? total - own + index - before : index - own;
+    return -1;
+  }
+
+  // Where a run begins in memory.
+  __device__ int64_t first_row(int32_t run) const {
+    int64_t row = 0;
+    for (int32_t before = 0; before < run; ++before) row += args.rows_of_run[before];
+    return row;
   }
 
   // Calls visit(column, slot) for each copy of a row.

@@ -1,0 +1,84 @@
+#include "choose_experts.h"
+#include "warp.cuh"
+
+namespace ep {
+namespace {
+
+constexpr int kWarpsPerBlock = 8;
+constexpr float kTiny = 1e-20f;
+
+// What the lanes of a warp know of one token: lane k of its k-th choice.
+struct Choice {
+  bool chosen;
+  int64_t expert;
+  float logit;
+  float grad;  // of the weight
+};
+
+// Gradient of lane k's logit through a softmax over the chosen: scale q (g - sum of g q).
+__device__ float through_chosen(const Choice& choice, float scale) {
+  const float largest = warp_max(choice.chosen ? choice.logit : -INFINITY);
+  const float power = choice.chosen ? expf(choice.logit - largest) : 0.0f;
+  const float q = power / warp_sum(power);
+  const float mean = warp_sum(choice.grad * q);
+  return scale * q * (choice.grad - mean);
+}
+
+// Through sigmoids, divided by their sum if `renormalise`.
+__device__ float through_sigmoid(const Choice& choice, bool renormalise, float scale) {
+  const float s = choice.chosen ? sigmoid_of(choice.logit) : 0.0f;
+  const float sum = renormalise ? warp_sum(s) + kTiny : 1.0f;
+  const float mean = renormalise ? warp_sum(choice.grad * (s / sum)) : 0.0f;
+  return scale * (choice.grad - mean) / sum * s * (1.0f - s);
+}
+
+// One warp makes the gradients of one token: first what every expert gets, then, behind the warp's barrier,
+// what the chosen get. Lanes talk by shuffles only, hence no shared memory.
+//
+// Block (kWarpSize, kWarpsPerBlock); grid ceil(num_tokens / kWarpsPerBlock).
+__global__ void choose_experts_backward_kernel(const ChooseExpertsBackwardArgs args) {
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.y;
+  if (t >= args.num_tokens) return;
+
+  const float* z = args.logits + t * args.num_experts;
+  float* out = args.grad_logits + t * args.num_experts;
+  Choice choice{threadIdx.x < args.top_k, 0, 0.0f, 0.0f};
+  if (choice.chosen) {
+    choice.expert = args.ids[t * args.top_k + threadIdx.x];
+    choice.logit = z[choice.expert];
+    choice.grad = args.grad_weights[t * args.top_k + threadIdx.x];
+  }
+  float gradient;
+  if (args.score == Score::kSoftmax && !args.renormalise) {
+    float most = -INFINITY, sum = 0.0f;
+    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) most = fmaxf(most, z[e]);
+    most = warp_max(most);
+    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) sum += expf(z[e] - most);
+    sum = warp_sum(sum);
+    const float p = choice.chosen ? expf(choice.logit - most) / sum : 0.0f;
+    const float mean = warp_sum(choice.grad * p);
+    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) {
+      out[e] = -args.scale * (expf(z[e] - most) / sum) * mean;
+    }
+    gradient = args.scale * p * (choice.grad - mean);
+  } else {
+    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) out[e] = 0.0f;
+    gradient = args.score == Score::kSigmoid ? through_sigmoid(choice, args.renormalise, args.scale)
+                                             : through_chosen(choice, args.scale);
+  }
+  __syncwarp();  // an expert's place is written by another lane before
+  if (choice.chosen) out[choice.expert] = gradient;
+}
+
+}  // namespace
+
+cudaError_t choose_experts_backward_cuda(const ChooseExpertsBackwardArgs& args, cudaStream_t stream) {
+  if (args.num_tokens == 0) return cudaSuccess;  // an empty grid is a launch error
+
+  const dim3 block(kWarpSize, kWarpsPerBlock);
+  const auto grid = static_cast<unsigned>((args.num_tokens + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  choose_experts_backward_kernel<<<grid, block, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace ep
