@@ -43,7 +43,7 @@ from ep_engine.transport import Collective, Link, Transport
 
 TOKENS = 4096
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-PEERS = ("deepspeed", "megatron", "torchtitan")
+PEERS = ("deepspeed", "megatron")
 _LARGEST = 8 << 30  # bytes; batched_mm copies an expert's weights for every copy of a token
 
 
