@@ -5,7 +5,8 @@
 `exchange`: remote bytes of every rank, packed already, to memory where the receiver can read them; gloo's
 all_to_all_single beside the shared-memory transport beside a streaming memcpy of as many bytes by every rank at once.
 `pack_to_expand`: from tokens to the rows that experts multiply: gather, exchange, gather again. Bytes are payload that
-leaves a rank. Even: the same to every other rank. Skewed: half of it to the next one.
+leaves a rank. Even: the same to every other rank. Skewed: half of it to the next one. Small exchanges are made one after the
+other, 32 MiB between two barriers, and the time of one is given.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from ep_engine.shared_memory import SharedMemory
 from ep_engine.transport import Collective, Transport
 
 DIM = 1024  # float32, 4 KiB a row
+_TOGETHER = 32.0  # MiB between two barriers: ranks leave a barrier some tenths of a millisecond apart
 
 
 def rows_to_send(rank: int, world_size: int, num_rows: int, skewed: bool) -> list[int]:
@@ -92,7 +94,15 @@ def measure(rank: int, mebibytes: float, skewed: bool, rounds: int) -> dict[str,
     expected = calls["pack_to_expand gloo"]()
     assert torch.equal(expected, calls["pack_to_expand shared_memory"]())
     assert torch.equal(expected, calls["pack_to_expand collective"]())
-    return time_together({name: Together(call) for name, call in calls.items()}, rounds=rounds)
+    times = max(1, round(_TOGETHER / mebibytes))
+    repeated = {name: Together(partial(_repeat, call, times)) for name, call in calls.items()}
+    found = time_together(repeated, rounds=rounds)
+    return {name: {key: value / times for key, value in each.items()} for name, each in found.items()}
+
+
+def _repeat(call: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        call()
 
 
 def ratios_of(found: dict[str, dict[str, float]]) -> dict[str, float]:

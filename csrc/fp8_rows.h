@@ -1,5 +1,5 @@
 // quantise_rows: rows of x in 8 bits, e4m3 (arXiv:2209.05433), with one float scale for each kFp8Block
-// neighbouring elements: x = scale * fp8, scale = max|x| / 448 of the block, 1 where the block is zero.
+// neighbouring elements: x = scale * fp8, scale = max|x| / 448 of the block, 1 where that is zero.
 // dequantise_rows: back.
 #pragma once
 

@@ -71,25 +71,30 @@ class SharedMemory:
     ) -> "_SharedExchange":
         """Room in this rank's arena, and the places in those of the others."""
         received_RB, first = self._room(sum(recv_rows), num_bytes, where)
-        before = np.cumsum([0] + [n for p, n in enumerate(recv_rows) if p != self.rank])
-        starts = [int(before[p - (p > self.rank)]) if p != self.rank else int(before[-1]) for p in range(self.size)]
-        place_P = torch.tensor([first + start * num_bytes for start in starts], dtype=torch.int64)
-        expected_P, sending_P = (torch.tensor(rows, dtype=torch.int64) * num_bytes for rows in (recv_rows, send_rows))
+        order = [*(p for p in range(self.size) if p != self.rank), self.rank]
+        sizes_P = torch.tensor([recv_rows, send_rows], dtype=torch.int64) * num_bytes
+        place_P = torch.empty(self.size, dtype=torch.int64)
+        for p in order:
+            place_P[p] = first
+            first += recv_rows[p] * num_bytes
         number = self._next()
-        result, destination_P = self._shared.open(number, place_P, expected_P, sending_P)
+        result, destination_P = self._shared.open(number, place_P, sizes_P[0], sizes_P[1])
         self._check(result, where)
-        return _SharedExchange(self, number, where, received_RB, self._parts(send_rows, num_bytes, destination_P))
+        parts = self._parts(send_rows, num_bytes, order, destination_P.tolist())
+        return _SharedExchange(self, number, where, received_RB, parts)
 
     def finish(self, number: int, where: str) -> None:
         """End an exchange."""
         self._check(self._shared.close(number), where)
 
-    def _parts(self, send_rows: list[int], num_bytes: int, destination_P: Tensor) -> list[tuple[slice, Tensor]]:
+    def _parts(
+        self, send_rows: list[int], num_bytes: int, order: list[int], destination: list[int]
+    ) -> list[tuple[slice, Tensor]]:
         parts, first = [], 0
-        for p in [*(p for p in range(self.size) if p != self.rank), self.rank]:
-            place, end = int(destination_P[p]), first + send_rows[p]
-            if end > first:
-                there = self._shared.arenas[p][place : place + send_rows[p] * num_bytes]
+        for p in order:
+            end, size = first + send_rows[p], send_rows[p] * num_bytes
+            if size:
+                there = self._shared.arenas[p][destination[p] : destination[p] + size]
                 parts.append((slice(first, end), there.view(send_rows[p], num_bytes)))
             first = end
         return parts

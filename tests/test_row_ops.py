@@ -85,6 +85,13 @@ def test_eight_bits_are_those_of_torch(seed: int, bf16: bool, dim: int) -> None:
     assert torch.equal(back, expected_back.to(x.dtype))
 
 
+def test_eight_bits_of_the_smallest_numbers_are_zero_and_not_broken() -> None:
+    x = torch.tensor([[1e-44, 0.0, -1e-44, 0.0]])
+    values, scales = torch.empty(1, 4, dtype=torch.uint8), torch.empty(1, 1)
+    ops.quantise_rows(x, torch.zeros(1, dtype=torch.int32), values, scales)
+    assert (ops.dequantise_rows(values, scales, torch.float32) == 0).all()
+
+
 def test_eight_bits_lose_little() -> None:
     x = torch.randn(1000, 1024)
     values, scales = torch.empty(1000, 1024, dtype=torch.uint8), torch.empty(1000, 8)

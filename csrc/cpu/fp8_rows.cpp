@@ -58,7 +58,8 @@ void quantise(const QuantiseRowsArgs& args, int64_t begin, int64_t end) {
         const uint32_t size = bits_of(to_float(x[d])) & 0x7fffffff;
         largest = size > largest ? size : largest;
       }
-      const float scale = largest == 0 ? 1.0f : float_of(largest) / kLargest;
+      const float quotient = float_of(largest) / kLargest;
+      const float scale = quotient == 0.0f ? 1.0f : quotient;  // also where it is too small for a float
       for (int64_t d = first; d < last; ++d) values[d] = encode(to_float(x[d]) / scale);
       args.scales[n * args.scales_stride + first / kFp8Block] = scale;
     }

@@ -2,6 +2,7 @@
 
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -14,7 +15,8 @@
 namespace ep {
 namespace {
 
-constexpr int kSpins = 200;
+constexpr auto kAwake = std::chrono::microseconds(200);  // falling asleep and waking up takes about as long
+constexpr int kLooks = 32;
 constexpr int64_t kSleepNs = 50'000'000;  // between two looks at whether the peer lives
 
 bool reached(const Signal& signal, uint32_t number) {
@@ -46,9 +48,15 @@ bool has_died(int32_t process) {
 }
 
 SharedResult wait_for(const Sharers& sharers, int peer, Signal& signal, uint32_t number) {
-  for (int spin = 0; spin < kSpins; ++spin) {
-    if (reached(signal, number)) return {};
-    pause();
+  if (reached(signal, number)) return {};
+  // Yielding, because the peer may be waiting for this very core.
+  const auto until = std::chrono::steady_clock::now() + kAwake;
+  while (std::chrono::steady_clock::now() < until) {
+    for (int i = 0; i < kLooks; ++i) {
+      if (reached(signal, number)) return {};
+      pause();
+    }
+    sched_yield();
   }
   const auto limit = std::chrono::steady_clock::now() + std::chrono::duration<double>(sharers.timeout_s);
   while (true) {

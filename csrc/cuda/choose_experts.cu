@@ -14,9 +14,9 @@ constexpr Key kClosed = 0;                   // not to be chosen, or chosen alre
 constexpr int64_t kSharedBytes = 48 * 1024;  // what a block gets without asking for more
 constexpr int kMaxWarps = 4;
 
-// Orders like (score, -id), NaN below all numbers; never kClosed.
+// Orders like (score, -id), NaN below all numbers; never kClosed. The addition turns -0 into 0, its equal.
 __device__ Key key_of(float score, int32_t id) {
-  const unsigned bits = __float_as_uint(score);
+  const unsigned bits = __float_as_uint(__fadd_rn(score, 0.0f));
   const unsigned ordered = score != score ? 0u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return static_cast<Key>(ordered) << 32 | (0xffffffffu - static_cast<unsigned>(id));
 }
@@ -42,8 +42,7 @@ struct Token {
   Key* groups;          // [num_experts], the best of each group
   uint8_t* open;        // [num_experts]
   uint8_t* open_group;  // [num_experts]
-  float largest;        // of the logits, and the sum of the exponentials, for a softmax over all
-  float sum;
+  Softmax softmax;      // over all, where scores are needed and not sigmoids
 
   static __host__ __device__ int64_t bytes(int64_t num_experts) {
     const int64_t flags = (2 * num_experts + 7) / 8 * 8;
@@ -56,24 +55,26 @@ struct Token {
     __syncwarp();
   }
 
+  // Else by the logits, which order experts as the scores do: scores may round two of them together.
+  __device__ bool chosen_by_score() const {
+    return args.bias != nullptr || (args.rule == Rule::kGroupLimited && args.group_top > 1);
+  }
+
   __device__ void prepare_softmax() {
-    float most = -INFINITY, total = 0.0f;
-    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) most = fmaxf(most, logits[e]);
-    largest = warp_max(most);
-    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) total += expf(logits[e] - largest);
-    sum = warp_sum(total);
+    const bool needed =
+        args.score == Score::kSoftmax || (args.score == Score::kSoftmaxOfChosen && chosen_by_score());
+    if (needed) softmax = warp_softmax(logits, args.num_experts);
   }
 
   __device__ float probability(int64_t e) const {
-    return args.score == Score::kSigmoid ? sigmoid_of(logits[e]) : expf(logits[e] - largest) / sum;
+    return args.score == Score::kSigmoid ? sigmoid_of(logits[e]) : softmax.of(logits[e]);
   }
 
   __device__ void make_keys() const {
-    const bool summed = args.rule == Rule::kGroupLimited && args.group_top > 1;
+    const bool by_score = chosen_by_score();
     for_each(args.num_experts, [&](int64_t e) {
-      const float score = args.bias != nullptr ? probability(e) + args.bias[e]
-                          : summed             ? probability(e)
-                                               : logits[e];
+      float score = by_score ? probability(e) : logits[e];
+      if (args.bias != nullptr) score += args.bias[e];
       keys[e] = key_of(score, static_cast<int32_t>(e));
     });
   }
@@ -127,8 +128,7 @@ struct Token {
     if (grouped) open_first_groups(first);
     for_each(args.num_experts, [&](int64_t e) { open[e] = 0; });
     for_each(args.top_t, [&](int64_t i) { open[list[i]] = !grouped || open_group[args.group_of[list[i]]]; });
-    if (grouped && threadIdx.x == 0) follow_list(list);
-    __syncwarp();
+    if (grouped) follow_list(list);
     for_each(args.num_experts, [&](int64_t e) {
       if (!open[e]) keys[e] = kClosed;
     });
@@ -154,14 +154,19 @@ struct Token {
     }
   }
 
-  // Opens more of the list inside the open groups until there are K - 1. By one lane, as the order matters.
+  // Opens more of the list inside the open groups until there are K - 1. An entry is open if fewer than that
+  // stand before it, which lanes see in each other's votes.
   __device__ void follow_list(const int32_t* list) const {
-    int64_t found = 0;
-    for (int64_t i = 0; i < args.list_length && (i < args.top_t || found < args.top_k - 1); ++i) {
-      if (!open_group[args.group_of[list[i]]]) continue;
-      open[list[i]] = 1;
-      ++found;
+    int found = 0;
+    for (int64_t first = 0; first < args.list_length && found < args.top_k - 1; first += kWarpSize) {
+      const int64_t i = first + threadIdx.x;
+      const bool inside = i < args.list_length && open_group[args.group_of[list[i]]];
+      const unsigned votes = __ballot_sync(kAllLanes, inside);
+      const int before = found + __popc(votes & ((1u << threadIdx.x) - 1));
+      if (inside && before < args.top_k - 1) open[list[i]] = 1;
+      found += __popc(votes);
     }
+    __syncwarp();
   }
 
   // Lane k gets the k-th id.
@@ -200,6 +205,9 @@ struct Token {
   }
 };
 
+// One warp chooses for one token, lane k writes its k-th choice. Warps share nothing, hence no block-wide
+// synchronisation; see Token for that of a warp.
+//
 // Block (kWarpSize, warps); grid ceil(num_tokens / warps); shared memory Token::bytes for each warp.
 __global__ void choose_experts_kernel(const ChooseExpertsArgs args) {
   extern __shared__ Key memory[];
@@ -209,8 +217,8 @@ __global__ void choose_experts_kernel(const ChooseExpertsArgs args) {
   const int64_t num = args.num_experts;
   Key* keys = memory + threadIdx.y * (Token::bytes(num) / static_cast<int64_t>(sizeof(Key)));
   auto* flags = reinterpret_cast<uint8_t*>(keys + 2 * num);
-  Token token{args, args.logits + t * num, keys, keys + num, flags, flags + num, 0.0f, 1.0f};
-  if (args.score != Score::kSigmoid) token.prepare_softmax();
+  Token token{args, args.logits + t * num, keys, keys + num, flags, flags + num, {}};
+  token.prepare_softmax();
   const bool chosen = threadIdx.x < args.top_k;
   const int64_t place = t * args.top_k + threadIdx.x;
   int32_t id = 0;

@@ -32,6 +32,17 @@ __device__ float through_sigmoid(const Choice& choice, bool renormalise, float s
   return scale * (choice.grad - mean) / sum * s * (1.0f - s);
 }
 
+// Through a softmax over all: scale p_e (g_e - sum of g p), g_e = 0 if not chosen. Writes what the others
+// get.
+__device__ float through_all(
+    const Choice& choice, const float* z, int64_t num_experts, float scale, float* out) {
+  const Softmax softmax = warp_softmax(z, num_experts);
+  const float p = choice.chosen ? softmax.of(choice.logit) : 0.0f;
+  const float mean = warp_sum(choice.grad * p);
+  for (int64_t e = threadIdx.x; e < num_experts; e += kWarpSize) out[e] = -scale * softmax.of(z[e]) * mean;
+  return scale * p * (choice.grad - mean);
+}
+
 // One warp makes the gradients of one token: first what every expert gets, then, behind the warp's barrier,
 // what the chosen get. Lanes talk by shuffles only, hence no shared memory.
 //
@@ -50,17 +61,7 @@ __global__ void choose_experts_backward_kernel(const ChooseExpertsBackwardArgs a
   }
   float gradient;
   if (args.score == Score::kSoftmax && !args.renormalise) {
-    float most = -INFINITY, sum = 0.0f;
-    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) most = fmaxf(most, z[e]);
-    most = warp_max(most);
-    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) sum += expf(z[e] - most);
-    sum = warp_sum(sum);
-    const float p = choice.chosen ? expf(choice.logit - most) / sum : 0.0f;
-    const float mean = warp_sum(choice.grad * p);
-    for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) {
-      out[e] = -args.scale * (expf(z[e] - most) / sum) * mean;
-    }
-    gradient = args.scale * p * (choice.grad - mean);
+    gradient = through_all(choice, z, args.num_experts, args.scale, out);
   } else {
     for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) out[e] = 0.0f;
     gradient = args.score == Score::kSigmoid ? through_sigmoid(choice, args.renormalise, args.scale)
