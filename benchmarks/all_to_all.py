@@ -5,8 +5,8 @@
 `exchange`: remote bytes of every rank, packed already, to memory where the receiver can read them; gloo's
 all_to_all_single beside the shared-memory transport beside a streaming memcpy of as many bytes by every rank at once.
 `pack_to_expand`: from tokens to the rows that experts multiply: gather, exchange, gather again. Bytes are payload that
-leaves a rank. Even: the same to every other rank. Skewed: half of it to the next one. Small exchanges are made one after the
-other, 32 MiB between two barriers, and the time of one is given.
+leaves a rank. Even: the same to every other rank. Skewed: half of it to the next one. Small exchanges are made one
+after the other, 32 MiB between two barriers, and the time of one is given.
 """
 
 import argparse
