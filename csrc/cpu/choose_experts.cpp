@@ -91,9 +91,6 @@ void best_of_lanes(const float* scores, int64_t num_experts, int32_t (*ids)[kLan
       score[lane] = scores[e * kLanes + lane];
       id[lane] = e;
     }
-    int any = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) any |= score[lane] > best[kSize - 1][lane];
-    if (any == 0) continue;
     for (int64_t k = 0; k < kSize; ++k) {
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         // What was displaced once goes on sinking: it is better than all that is below, by score or by id.
