@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
     "debug", "ops", "placement", "ledger", "reference", "message", "transport", "shared_memory",  # what is below
-    "selection", "router", "plan", "dispatch", "experts", "combine",  # the data path
+    "selection", "router", "plan", "dispatch",  # the data path
+    "grouped_experts", "threaded_experts", "experts", "combine",
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "checkpoint", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "optimizer", "evaluate", "resolve", "trainer",  # what trains it

@@ -58,22 +58,26 @@ def reference_and_grads(layer: MoELayer, x_TD: Tensor, grad: Tensor) -> list[Ten
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("one_row_per_copy", [False, True])
 @pytest.mark.parametrize("num_tokens", [0, 1, 37])
 @pytest.mark.parametrize(("num_experts", "top_k", "devices"), [(8, 2, 4), (8, 8, 2), (7, 3, 2), (4, 2, 1)])
 def test_layer_matches_the_reference(
-    num_experts: int, top_k: int, devices: int, num_tokens: int, one_row_per_copy: bool
+    num_experts: int, top_k: int, devices: int, num_tokens: int, one_row_per_copy: bool, grouped: bool
 ) -> None:
     layer = make_layer(num_experts, top_k, devices, one_row_per_copy=one_row_per_copy)
+    layer.experts.grouped = grouped
     x_TD, grad = torch.randn(num_tokens, D), torch.randn(num_tokens, D)
     found, expected = forward_and_grads(layer, x_TD, grad), reference_and_grads(layer, x_TD, grad)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("one_row_per_copy", [False, True])
-def test_all_tokens_to_one_expert_and_experts_without_tokens(one_row_per_copy: bool) -> None:
+def test_all_tokens_to_one_expert_and_experts_without_tokens(one_row_per_copy: bool, grouped: bool) -> None:
     layer = make_layer(8, 2, 4, one_row_per_copy=one_row_per_copy)
+    layer.experts.grouped = grouped
     ids_TK = torch.tensor([[5, 2]]).expand(30, 2).contiguous()
     set_routing(layer, ids_TK)
     x_TD, grad = torch.randn(30, D), torch.randn(30, D)
@@ -118,8 +122,10 @@ def test_threads_over_experts_give_the_bits_of_one_thread() -> None:
         assert torch.equal(a, b)
 
 
-def test_gradients_of_weights_may_come_later_with_the_same_bits() -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_gradients_of_weights_may_come_later_with_the_same_bits(grouped: bool) -> None:
     layer, x_TD, grad = make_layer(8, 2, 4), torch.randn(64, D), torch.randn(64, D)
+    layer.experts.grouped = grouped
     expected = forward_and_grads(layer, x_TD, grad)
     layer.experts.weight_grads_later = True
     for a, b in zip(expected, forward_and_grads(layer, x_TD, grad), strict=True):
