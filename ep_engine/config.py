@@ -145,6 +145,8 @@ class MoESection(_Section):
     """collective: torch's all-to-all; shared_memory: ranks of one machine; hierarchical: one copy per node"""
     fp8_dispatch: bool = False
     """rows travel to the experts in 8 bits (e4m3, a scale per 128 elements); all else keeps its dtype"""
+    fixed_rows: int | None = Field(None, ge=1)
+    """rows from a rank to each other in every exchange, unused ones too; more is an error [as many as there are]"""
 
 
 class RoutingSection(_Section):

@@ -33,7 +33,9 @@ class Connection:
         return tuple(Link(transport, ledger, layer, tiers) for transport, tiers in self.hops)
 
 
-def connect(name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s: float) -> Connection:
+def connect(
+    name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s: float, *, one_hop: bool = False
+) -> Connection:
     """Connect the ranks of this rank's expert-parallel group; all ranks call it with the same name.
 
     Args:
@@ -42,6 +44,7 @@ def connect(name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s
         device: where messages lie.
         cut: of the placement's tree by the group.
         timeout_s: a rank that hears nothing from another for so long fails.
+        one_hop: `auto` does not choose hierarchical.
 
     Raises:
         Fault: on every rank, if ranks of one machine cannot share memory.
@@ -51,7 +54,7 @@ def connect(name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s
     if dist.get_world_size(group) == 1:
         return Connection(((Alone(), tiers),))
     if name == "auto":
-        return _best(group, meshes, device, cut, timeout_s)
+        return _best(group, meshes, device, timeout_s, hierarchical=not one_hop and _is_cut(meshes, cut))
     if name == "shared_memory":
         return Connection(((SharedMemory(group, timeout_s), tiers),))
     if name == "hierarchical":
@@ -59,7 +62,9 @@ def connect(name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s
     return Connection(((Collective(group), tiers),))
 
 
-def _best(group: dist.ProcessGroup, meshes: Meshes, device: torch.device, cut: Cut, timeout_s: float) -> Connection:
+def _best(
+    group: dist.ProcessGroup, meshes: Meshes, device: torch.device, timeout_s: float, *, hierarchical: bool
+) -> Connection:
     tiers, chosen, why = meshes.ep_tiers(), "collective", "ranks of several nodes, or on GPUs"
     connection = Connection(((Collective(group), tiers),))
     if device.type == "cpu" and "network" not in tiers:
@@ -71,7 +76,7 @@ def _best(group: dist.ProcessGroup, meshes: Meshes, device: torch.device, cut: C
             )
         except Fault as fault:  # raised on all ranks or on none
             why = str(fault)
-    elif meshes.ep_inside is not None and _is_cut(meshes, cut):
+    elif hierarchical:
         connection, chosen, why = _over_nodes(meshes, device, timeout_s), "hierarchical", "several nodes"
     if dist.get_rank() == 0:
         _log.warning("transport of the experts: %s (%s)", chosen, why)
@@ -89,4 +94,5 @@ def _over_nodes(meshes: Meshes, device: torch.device, timeout_s: float) -> Conne
 
 
 def _is_cut(meshes: Meshes, cut: Cut) -> bool:
-    return dist.get_world_size(meshes.ep_inside) in (1, *cut.group_sizes_of_ranks)
+    inside = meshes.ep_inside
+    return inside is not None and dist.get_world_size(inside) in (1, *cut.group_sizes_of_ranks)

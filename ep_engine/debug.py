@@ -24,13 +24,15 @@ def check_ids(ids_TK: Tensor, num_ids: int, where: str) -> None:
             raise Fault(f"{where}: token {token} {words}: {ids_TK[token].tolist()}")
 
 
-def check_slots(row_slot_RW: Tensor, num_slots: int, where: str) -> None:
-    """Fault unless every arrived row names at least one slot, ascending and in range, and then only -1."""
+def check_slots(row_slot_RW: Tensor, num_slots: int, where: str, *, may_be_empty: bool = False) -> None:
+    """Fault unless every arrived row names slots, at least one or `may_be_empty`, ascending and in range, then -1."""
     before_RW = torch.nn.functional.pad(row_slot_RW, (1, 0), value=-1)[:, :-1]
     used = row_slot_RW >= 0
     good = torch.where(used, (row_slot_RW > before_RW) & (row_slot_RW < num_slots), row_slot_RW == -1)
     used_before = torch.nn.functional.pad(used, (1, 0), value=True)[:, :-1]
-    wrong_R = ~(good & (used_before | ~used)).all(dim=1) | ~used[:, 0]
+    wrong_R = ~(good & (used_before | ~used)).all(dim=1)
+    if not may_be_empty:
+        wrong_R |= ~used[:, 0]
     if wrong_R.any():
         row = int(wrong_R.nonzero()[0, 0])
         raise Fault(f"{where}: arrived row {row} names slots {row_slot_RW[row].tolist()} of {num_slots}")

@@ -45,9 +45,7 @@ def backward(given: Backward, w_gate_up: Tensor, w_down: Tensor, *, later: bool)
     ends_L, copy_row_N = _ends(arrival), arrival.tables.copy_row_N
     grad_ND = ops.gather_rows(grad_RD, copy_row_N)
     grad_hidden_NF = F.grouped_mm(grad_ND, w_down, offs=ends_L)
-    inside = ops.SwigluGrads(
-        torch.empty_like(gate_up_NF), torch.empty_like(grad_hidden_NF), torch.empty_like(weight_N)
-    )
+    inside = ops.SwigluGrads(torch.empty_like(gate_up_NF), torch.empty_like(grad_hidden_NF), torch.empty_like(weight_N))
     ops.swiglu_backward(grad_hidden_NF, gate_up_NF, weight_N, inside)
     grad_x_ND = F.grouped_mm(inside.gate_up_NF, w_gate_up, offs=ends_L)
 

@@ -1,7 +1,7 @@
 """The ledger: exact payload bytes on the wire, per layer, direction and link tier, from the plan's counts.
 
 Beside what was sent stands what two other protocols would have sent for the same routing: one row per copy ("plain"),
-and one row per token and rank ("dedup"). Host integers only; `gathered` adds up the ledgers of all ranks.
+and one row per token and rank ("dedup"). Counts that lie on a device stay there until somebody reads the ledger.
 """
 
 from collections import Counter
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 DIRECTIONS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 TIERS = ("self", "node", "network")
@@ -29,11 +30,12 @@ class Ledger:
     sent: Counter[tuple[int, str, str]] = field(default_factory=Counter)
     rows: Counter[tuple[int, str, str]] = field(default_factory=Counter)
     tokens: Counter[int] = field(default_factory=Counter)
+    _unread: dict[tuple[int, str, tuple[str, ...]], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def reset(self) -> None:
         """Begin again from zero."""
-        for counter in (self.sent, self.rows, self.tokens):
-            counter.clear()
+        for counts in (self.sent, self.rows, self.tokens, self._unread):
+            counts.clear()
 
     def record_bytes(
         self,
@@ -48,16 +50,33 @@ class Ledger:
             self.sent[layer, direction, tier] += num_rows * bytes_per_row
 
     def record_rows(
-        self, layer: int, num_tokens: int, tiers: list[str] | None = None, **rows_per_rank: list[int]
+        self, layer: int, num_tokens: int, tiers: list[str] | None = None, **rows_per_rank: list[int] | Tensor
     ) -> None:
-        """Count tokens and rows of one forward dispatch under some protocols, a list over ranks each."""
+        """Count tokens and rows of one forward dispatch under some protocols, over ranks each; a tensor is int64."""
         self.tokens[layer] += num_tokens
         for protocol, counts in rows_per_rank.items():
-            for tier, num_rows in zip(tiers or self.tier_of_rank, counts, strict=True):
-                self.rows[layer, protocol, tier] += num_rows
+            key = layer, protocol, tuple(tiers or self.tier_of_rank)
+            if isinstance(counts, list):
+                self._add_rows(key, counts)
+            elif key in self._unread:
+                self._unread[key] += counts
+            else:
+                self._unread[key] = counts.clone()
+
+    def _add_rows(self, key: tuple[int, str, tuple[str, ...]], counts: list[int]) -> None:
+        layer, protocol, tiers = key
+        for tier, num_rows in zip(tiers, counts, strict=True):
+            self.rows[layer, protocol, tier] += num_rows
+
+    def read(self) -> None:
+        """Bring the counts of the device into `rows`; waits for it. What reads the ledger as a whole calls this."""
+        for key, counts in self._unread.items():
+            self._add_rows(key, counts.tolist())
+        self._unread.clear()
 
     def gathered(self, group: dist.ProcessGroup | None) -> "Ledger":
         """The sum of the ledgers of all ranks of `group`, the same on each."""
+        self.read()
         if group is None:
             return self
         parts: list[Any] = [None] * dist.get_world_size(group)
@@ -69,6 +88,7 @@ class Ledger:
 
     def add(self, other: "Ledger") -> None:
         """Add another ledger's counts."""
+        other.read()
         self.sent.update(other.sent)
         self.rows.update(other.rows)
         self.tokens.update(other.tokens)
@@ -83,11 +103,13 @@ class Ledger:
 
     def rows_per_token(self, protocol: str, *, remote: bool) -> float:
         """Rows per token in the forward dispatch of a layer, on average: all of them, or those that left a rank."""
+        self.read()
         found = sum(n for (_, p, tier), n in self.rows.items() if p == protocol and not (remote and tier == "self"))
         return found / max(sum(self.tokens.values()), 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: the sums, and every layer by itself."""
+        self.read()
         layers = [
             {
                 "tokens": self.tokens[layer],

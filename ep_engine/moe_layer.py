@@ -30,16 +30,17 @@ class MoELayer(nn.Module):
         self.router = Router(moe, hidden_size, layer)
         self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
 
-    def join(self, site: Site, *links: Link, fp8: bool = False) -> None:
+    def join(self, site: Site, *links: Link, fp8: bool = False, fixed_rows: int | None = None) -> None:
         """Become the part of the layer that `site` describes; makes new, empty expert weights of its size.
 
         Args:
             site: the experts of this rank.
             links: to all ranks; or to this rank's peers on other nodes, and to the ranks of its node.
             fp8: see `dispatch`.
+            fixed_rows: see `Hop`.
         """
         self.site, self.ledger, self.fp8 = site, links[0].ledger, fp8
-        self.way = way_to(site, links)
+        self.way = way_to(site, links, fixed_rows)
         self.experts = Experts(
             site.slots_per_rank, self.hidden_size, self.moe.expert_hidden_size, site.cut.group_sizes_of_slots
         )

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ep_engine.checkpoint import Shard, module_entries
+from ep_engine.config import MoESection
 from ep_engine.connect import connect
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
@@ -16,6 +17,8 @@ from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
+
+_DEFAULT = MoESection()
 
 
 def build(
@@ -25,9 +28,7 @@ def build(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    one_row_per_copy: bool = False,
-    transport: str = "auto",
-    fp8: bool = False,
+    travel: MoESection = _DEFAULT,
     timeout_s: float = 300.0,
 ) -> tuple[Decoder, Ledger]:
     """Make this rank's part of a model, its weights not yet set.
@@ -40,9 +41,7 @@ def build(
         meshes: the ranks.
         device: where weights live.
         dtype: of computation; weights and gradient sums are float32. The router computes in float32 regardless.
-        one_row_per_copy: see `Site`.
-        transport: see `connect`.
-        fp8: see `dispatch`.
+        travel: how tokens travel to their experts; its placement is not read.
         timeout_s: a rank that hears nothing from another for so long fails.
 
     Returns:
@@ -54,13 +53,15 @@ def build(
     if config.moe is not None:
         assert placement is not None, "a MoE model has a placement"
         cut = placement.cut(ep_mesh.size())
-        connection = connect(transport, meshes, device, cut, timeout_s)
+        connection = connect(travel.transport, meshes, device, cut, timeout_s, one_hop=travel.fixed_rows is not None)
     with torch.device("meta"):
         model = Decoder(config)
         if connection is not None and placement is not None:
             for i, moe in model.moe_layers().items():
-                site = Site.of(placement, i, cut, ep_mesh.get_local_rank(), one_row_per_copy=one_row_per_copy)
-                moe.join(site, *connection.links(ledger, i), fp8=fp8)
+                per_copy = travel.combine == "per_expert"
+                site = Site.of(placement, i, cut, ep_mesh.get_local_rank(), one_row_per_copy=per_copy)
+                links = connection.links(ledger, i)
+                moe.join(site, *links, fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
     _shard(model, meshes, dtype)
     model.to_empty(device=device)
     return model, ledger

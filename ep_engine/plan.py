@@ -61,6 +61,7 @@ class Hop:
     sum_sizes: list[int]  # group sizes, in ranks of the link, of the sum of a token's rows at their home
     run_order: list[int]  # runs of arrived rows in the order of the global tokens
     agreement: int = 0  # what all ranks must have in common, as a number
+    fixed_rows: int | None = None  # rows to every other rank, the rest of them empty: no counts are read on the host
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -75,8 +76,9 @@ class Hop:
         return self._tables[device]
 
 
-def way_to(site: Site, links: Sequence[Link]) -> tuple[Hop, ...]:
+def way_to(site: Site, links: Sequence[Link], fixed_rows: int | None = None) -> tuple[Hop, ...]:
     """The hops from this rank to the experts: over one link, or over the nodes and then inside the node."""
+    assert fixed_rows is None or len(links) == 1, "rows that arrive on a node are not counted beforehand"
     first = links[0]
     num_nodes = first.transport.size
     per_node = site.cut.ep_size // num_nodes
@@ -88,6 +90,7 @@ def way_to(site: Site, links: Sequence[Link]) -> tuple[Hop, ...]:
         sum_sizes=[size // per_node for size in site.cut.group_sizes_of_ranks if size > per_node] or [1],
         run_order=_own_last(num_nodes, first.transport.rank),
         agreement=_agreement(site, links),
+        fixed_rows=fixed_rows,
     )
     if len(links) == 1:
         return (over_nodes,)
@@ -142,10 +145,11 @@ class Plan:
 def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, num_runs: int = 1) -> Plan:
     """Plan one hop of this rank's tokens and tell the other ranks the counts.
 
-    Reads the counts on the host, which waits for the device.
+    Reads the counts on the host, which waits for the device; not so where there is no other rank, or with fixed rows.
 
     Raises:
-        Fault: another rank has another placement, rule of rows or top_k for this layer, or a peer is lost.
+        Fault: another rank has another placement, rule of rows or top_k for this layer, or a peer is lost; or a rank
+            gets more than the fixed rows (on a GPU an assertion of the device says so).
 
     Args:
         ids_TK: int64 ids that `hop.slot_of_id` knows, distinct in a row, -1 for none; T may be 0 and may differ
@@ -167,16 +171,18 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
         own_rank=link.transport.rank,
         one_row_per_copy=hop.one_row_per_copy,
     )
-    counts_PN = sent.rows_per_rank_P.unsqueeze(1)
-    if run_of_token_T is not None:
-        counts_PN = _count_runs(sent, run_of_token_T, num_runs, link.transport.rank)
-    agreement = torch.full((size, 1), hop.agreement ^ top_k, dtype=torch.int32, device=ids_TK.device)
-    arrived_PN = link.exchange_counts(torch.cat((counts_PN, agreement), dim=1))
-    arriving_PN = arrived_PN[:, :-1]
-    send_rows, recv_rows, words = torch.stack(
-        (sent.rows_per_rank_P, arriving_PN.sum(dim=1, dtype=torch.int32), arrived_PN[:, -1])
-    ).tolist()
-    _check_agreement(words, hop, top_k)
+    if run_of_token_T is None and (size == 1 or hop.fixed_rows is not None):
+        if debug.wanted():
+            _exchange(hop, top_k, torch.zeros_like(sent.rows_per_rank_P).unsqueeze(1))
+        sent, send_rows = _with_fixed_rows(sent, hop)
+        recv_rows, rows_of_run = send_rows, torch.full_like(sent.rows_per_rank_P, hop.fixed_rows or 0)
+        rows_of_run[-1] = send_rows[link.transport.rank]
+    else:
+        counts_PN = sent.rows_per_rank_P.unsqueeze(1)
+        if run_of_token_T is not None:
+            counts_PN = _count_runs(sent, run_of_token_T, num_runs, link.transport.rank)
+        arriving_PN, send_rows, recv_rows = _exchange(hop, top_k, counts_PN)
+        rows_of_run = arriving_PN[_in_memory(size, link.transport.rank)].reshape(-1)
     num_rows = sum(send_rows)
     return Plan(
         hop=hop,
@@ -187,10 +193,67 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
         row_slot_SW=sent.row_slot_SW[:num_rows],
         visit_row_TC=sent.visit_row_TC,
         visit_rank_TC=sent.visit_rank_TC,
-        rows_of_run=arriving_PN[_in_memory(size, link.transport.rank)].reshape(-1),
+        rows_of_run=rows_of_run,
         send_rows=send_rows,
         recv_rows=recv_rows,
     )
+
+
+def _exchange(hop: Hop, top_k: int, counts_PN: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Rows from every rank by run (P, N), and on the host the rows to and from every rank."""
+    own = torch.full_like(counts_PN[:, :1], hop.agreement ^ top_k)
+    arrived_PN = hop.link.exchange_counts(torch.cat((counts_PN, own), dim=1))
+    arriving_PN = arrived_PN[:, :-1]
+    send_rows, recv_rows, words = torch.stack(
+        (counts_PN.sum(dim=1), arriving_PN.sum(dim=1), arrived_PN[:, -1].long())
+    ).tolist()
+    _check_agreement(words, hop, top_k)
+    return arriving_PN, send_rows, recv_rows
+
+
+def _with_fixed_rows(sent: ops.SendTables, hop: Hop) -> tuple[ops.SendTables, list[int]]:
+    """The same rows, those of a rank beginning where they would if every rank got as many; and how many each gets."""
+    size, own = hop.link.transport.size, hop.link.transport.rank
+    num_tokens, columns = sent.visit_row_TC.shape
+    own_rows = num_tokens * (columns if hop.one_row_per_copy else 1)
+    if size == 1:
+        return sent, [own_rows]
+    assert hop.fixed_rows is not None, "the caller has asked"
+    away_P = sent.rows_per_rank_P.clone()
+    away_P[own] = 0
+    _check_room(away_P, hop.fixed_rows, hop.link)
+    rank_P = torch.arange(size, device=away_P.device)
+    shift_P = (rank_P - (rank_P > own).long()) * hop.fixed_rows - (away_P.cumsum(0) - away_P)
+    shift_P[own] = (size - 1) * hop.fixed_rows - away_P.sum()
+    total = (size - 1) * hop.fixed_rows + own_rows
+    # What no row is left for goes behind the last: the check has failed then, on a GPU it may not have been heard yet.
+    there = sent.visit_row_TC >= 0
+    moved_TC = (sent.visit_row_TC + shift_P[sent.visit_rank_TC.clamp(min=0).long()]).clamp(max=total)
+    target = torch.where(there, moved_TC, total).reshape(-1)
+    source = sent.visit_row_TC.clamp(min=0).reshape(-1)
+
+    def moved(table: Tensor) -> Tensor:
+        return table.new_full((total + 1, *table.shape[1:]), -1).index_copy_(0, target, table[source])[:total]
+
+    fixed = sent._replace(
+        row_token_S=moved(sent.row_token_S),
+        row_slot_SW=moved(sent.row_slot_SW),
+        row_choice_SW=moved(sent.row_choice_SW),
+        visit_row_TC=torch.where(there, moved_TC, -1).int(),
+    )
+    return fixed, [own_rows if p == own else hop.fixed_rows for p in range(size)]
+
+
+def _check_room(away_P: Tensor, limit: int, link: Link) -> None:
+    if away_P.is_cuda:
+        torch._assert_async((away_P <= limit).all(), f"layer {link.layer}: more rows for a rank than moe.fixed_rows")
+        return
+    most = int(away_P.max())
+    if most > limit:
+        raise Fault(
+            f"rank {link.transport.rank} of {link.transport.size} in group ep: layer {link.layer} has {most} rows for "
+            f"rank {int(away_P.argmax())}, moe.fixed_rows is {limit}; raise it, or leave it out"
+        )
 
 
 def _check_agreement(words: list[int], hop: Hop, top_k: int) -> None:
@@ -224,10 +287,8 @@ def record(ids_TK: Tensor, site: Site, plans: Sequence[Plan]) -> None:
     ledger, num_ranks = link.ledger, site.cut.ep_size
     slot_of_id, _ = plans[0].hop.tables(ids_TK.device)
     rank_TK = (slot_of_id[ids_TK] // site.slots_per_rank).long()
-    visited_TP = torch.zeros(len(ids_TK), num_ranks, dtype=torch.int32, device=ids_TK.device).scatter_(1, rank_TK, 1)
-    plain_P = torch.bincount(rank_TK.reshape(-1), minlength=num_ranks)
-    plain, dedup = torch.stack((plain_P, visited_TP.sum(dim=0))).tolist()
-    ledger.record_rows(link.layer, len(ids_TK), plain=plain, dedup=dedup)
+    copies_TP = ids_TK.new_zeros(len(ids_TK), num_ranks).scatter_add_(1, rank_TK, torch.ones_like(rank_TK))
+    ledger.record_rows(link.layer, len(ids_TK), plain=copies_TP.sum(dim=0), dedup=(copies_TP > 0).sum(dim=0))
     for plan in plans:
         own = plan.hop.link.transport.rank
         going_on = plan is not plans[-1]

@@ -190,6 +190,11 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
 
 def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: int) -> None:
     name, ep_size = config.moe.transport, config.parallel.expert_parallel_size
+    if name == "hierarchical" and config.moe.fixed_rows is not None:
+        raise UserError(
+            f"moe.transport is hierarchical and moe.fixed_rows is {config.moe.fixed_rows}, but what a node passes on is "
+            "not fixed; leave one of them out"
+        )
     if name == "shared_memory" and config.parallel.device == "cuda":
         raise UserError(
             "moe.transport is shared_memory and parallel.device is cuda, but it is for CPU ranks; use collective"

@@ -110,9 +110,7 @@ class Trainer:
             meshes,
             device=device,
             dtype=getattr(torch, self.config.train.dtype),
-            one_row_per_copy=self.config.moe.combine == "per_expert",
-            transport=self.config.moe.transport,
-            fp8=self.config.moe.fp8_dispatch,
+            travel=self.config.moe,
             timeout_s=self.config.parallel.timeout_s,
         )
         self.optimizer = make_optimizer(self.model, self.config.train)

@@ -36,6 +36,7 @@ def make_layer(
     dtype: torch.dtype = torch.float32,
     one_row_per_copy: bool = False,
     fp8: bool = False,
+    fixed_rows: int | None = None,
 ) -> MoELayer:
     """This rank's part of a layer with random weights, the same on every call."""
     links = links or (Link(Alone(), Ledger(), 0),)
@@ -44,7 +45,7 @@ def make_layer(
     layer = MoELayer(moe, D, 0)
     cut = placement.cut(math.prod(link.transport.size for link in links))
     site = Site.of(placement, 0, cut, rank, one_row_per_copy=one_row_per_copy)
-    layer.join(site, *links, fp8=fp8)
+    layer.join(site, *links, fp8=fp8, fixed_rows=fixed_rows)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in layer.router.parameters():

@@ -22,7 +22,7 @@ KEYS = [
     "train.beta1", "train.beta2", "train.clip_grad_norm", "train.load_balance", "train.seed", "train.dtype",
     "train.log_every", "train.save_every",
     "parallel.data_parallel_size", "parallel.expert_parallel_size", "parallel.device", "parallel.timeout_s",
-    "moe.combine", "moe.placement", "moe.transport", "moe.fp8_dispatch",
+    "moe.combine", "moe.placement", "moe.transport", "moe.fp8_dispatch", "moe.fixed_rows",
     "routing.rule", "routing.top_t", "routing.profile", "routing.max_devices",
     "output.folder", "output.resume",
 ]  # fmt: skip
@@ -57,7 +57,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 43
+    assert len(KEYS) == 44
     assert len(KEYS) <= 60
 
 
@@ -91,7 +91,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key, near one": (changed(train__stepps=3), r"^unknown key train\.stepps; did you mean train\.steps\?$"),
     "unknown key, near none": (
         changed(moe__zzz=1),
-        r"^unknown key moe\.zzz; known are combine, placement, transport, fp8_dispatch$",
+        r"^unknown key moe\.zzz; known are combine, placement, transport, fp8_dispatch, fixed_rows$",
     ),
     "unknown section, near one": (
         {**RAW, "paralel": {"expert_parallel_size": 2}},

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_engine.errors import Fault
 from ep_engine.transport import Collective
 from tests.distributed import run_ranks
 from tests.moe_cases import D, links_between, make_layer, set_routing
@@ -50,6 +51,7 @@ class Case:
     transport: str = "collective"
     one_row_per_copy: bool = False
     fp8: bool = False
+    fixed_rows: int | None = None
     seed: int = 1
 
 
@@ -69,6 +71,7 @@ def run_layer(rank: int, world_size: int, case: Case, folder: Path) -> None:
         dtype=dtype,
         one_row_per_copy=case.one_row_per_copy,
         fp8=case.fp8,
+        fixed_rows=case.fixed_rows,
     )
     generator = torch.Generator().manual_seed(case.seed)
     x_TD, grad_TD = (torch.randn(T, D, generator=generator).to(dtype) for _ in range(2))
@@ -158,6 +161,34 @@ def test_one_row_per_copy_gives_the_same_bits_too(transport: str, tmp_path: Path
 @pytest.mark.parametrize("transport", ["collective", "shared_memory", "hierarchical"])
 def test_rows_in_eight_bits_give_the_same_bits_too(transport: str, tmp_path: Path) -> None:
     check_sizes(Case(dtype=torch.bfloat16, transport=transport, fp8=True), (4,), tmp_path)
+
+
+@pytest.mark.parametrize("one_row_per_copy", [False, True])
+@pytest.mark.parametrize("transport", ["collective", "shared_memory"])
+def test_a_fixed_number_of_rows_gives_the_same_bits_too(
+    transport: str, one_row_per_copy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EP_DEBUG", "1")
+    case = Case(dtype=torch.bfloat16, transport=transport, one_row_per_copy=one_row_per_copy, fixed_rows=90)
+    check_sizes(case, (2, 4), tmp_path)
+
+
+def test_the_ledger_counts_the_empty_ones_of_fixed_rows(tmp_path: Path) -> None:
+    run_ranks(run_layer, Case(fixed_rows=90), tmp_path, world_size=4)
+    _, parts = results(tmp_path, 4)
+    (layer,) = parts[0]["ledger"]["layers"]
+    assert layer["rows"]["sent"]["node"] == 4 * 3 * 90
+    for direction, tiers in layer["bytes"].items():
+        assert tiers["node"] == sum(part["received"][direction] for part in parts), direction
+
+
+def test_more_than_the_fixed_rows_is_a_fault(tmp_path: Path) -> None:
+    run_ranks(_overflow, tmp_path)
+
+
+def _overflow(rank: int, world_size: int, folder: Path) -> None:
+    with pytest.raises(Fault, match=r"layer 0 has \d+ rows for rank [01], moe.fixed_rows is 7; raise it"):
+        run_layer(rank, world_size, Case(fixed_rows=7, routing="expert 9 idle"), folder)
 
 
 @pytest.mark.parametrize("mode", [False, True], ids=["per_device", "per_expert"])
