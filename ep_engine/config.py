@@ -141,8 +141,8 @@ class MoESection(_Section):
     """per_device: one row per token and rank; per_expert: one row per copy, summed at home by ascending expert id"""
     placement: Path | None = None
     """placement.json of `ep-engine place` [experts in the order of their ids]"""
-    transport: Literal["auto", "collective", "shared_memory", "hierarchical"] = "auto"
-    """collective: torch's all-to-all; shared_memory: ranks of one machine; hierarchical: one copy per node"""
+    transport: Literal["auto", "collective", "shared_memory", "cuda_ipc", "hierarchical"] = "auto"
+    """collective: torch's all-to-all; one machine: shared_memory on CPU, cuda_ipc on GPUs; hierarchical: over nodes"""
     fp8_dispatch: bool = False
     """rows travel to the experts in 8 bits (e4m3, a scale per 128 elements); all else keeps its dtype"""
     fixed_rows: int | None = Field(None, ge=1)

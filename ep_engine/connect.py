@@ -1,7 +1,8 @@
 """Which transport carries the messages of an expert-parallel group, and over how many hops.
 
 collective      all_to_all_single of torch.distributed, everywhere
-shared_memory   ranks of one machine, on the CPU
+shared_memory   CPU ranks of one machine
+cuda_ipc        GPU ranks of one machine; it has not been measured, so auto does not choose it
 hierarchical    one copy per node between nodes, then inside the node
 auto            the best of these that the ranks allow; what it chose is logged once
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ep_engine.cuda_ipc import CudaIpc
 from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
@@ -34,7 +36,14 @@ class Connection:
 
 
 def connect(
-    name: str, meshes: Meshes, device: torch.device, cut: Cut, timeout_s: float, *, one_hop: bool = False
+    name: str,
+    meshes: Meshes,
+    device: torch.device,
+    cut: Cut,
+    timeout_s: float,
+    *,
+    one_hop: bool = False,
+    largest_exchange: int = 0,
 ) -> Connection:
     """Connect the ranks of this rank's expert-parallel group; all ranks call it with the same name.
 
@@ -45,6 +54,7 @@ def connect(
         cut: of the placement's tree by the group.
         timeout_s: a rank that hears nothing from another for so long fails.
         one_hop: `auto` does not choose hierarchical.
+        largest_exchange: bytes that a rank can be sent at once, for cuda_ipc.
 
     Raises:
         Fault: on every rank, if ranks of one machine cannot share memory.
@@ -57,6 +67,9 @@ def connect(
         return _best(group, meshes, device, timeout_s, hierarchical=not one_hop and _is_cut(meshes, cut))
     if name == "shared_memory":
         return Connection(((SharedMemory(group, timeout_s), tiers),))
+    if name == "cuda_ipc":
+        # Twice, because an exchange may begin before the last has been read.
+        return Connection(((CudaIpc(group, timeout_s, 2 * largest_exchange, device), tiers),))
     if name == "hierarchical":
         return _over_nodes(meshes, device, timeout_s)
     return Connection(((Collective(group), tiers),))

@@ -13,6 +13,7 @@ from ep_engine.config import MoESection
 from ep_engine.connect import connect
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
+from ep_engine.message import Message
 from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig
 from ep_engine.placement import Placement
@@ -29,6 +30,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     travel: MoESection = _DEFAULT,
+    tokens: int = 0,
     timeout_s: float = 300.0,
 ) -> tuple[Decoder, Ledger]:
     """Make this rank's part of a model, its weights not yet set.
@@ -42,6 +44,7 @@ def build(
         device: where weights live.
         dtype: of computation; weights and gradient sums are float32. The router computes in float32 regardless.
         travel: how tokens travel to their experts; its placement is not read.
+        tokens: the most that a rank has in one pass; transport cuda_ipc needs to know.
         timeout_s: a rank that hears nothing from another for so long fails.
 
     Returns:
@@ -53,7 +56,15 @@ def build(
     if config.moe is not None:
         assert placement is not None, "a MoE model has a placement"
         cut = placement.cut(ep_mesh.size())
-        connection = connect(travel.transport, meshes, device, cut, timeout_s, one_hop=travel.fixed_rows is not None)
+        connection = connect(
+            travel.transport,
+            meshes,
+            device,
+            cut,
+            timeout_s,
+            one_hop=travel.fixed_rows is not None,
+            largest_exchange=_largest_exchange(config, travel, tokens, ep_mesh.size()),
+        )
     with torch.device("meta"):
         model = Decoder(config)
         if connection is not None and placement is not None:
@@ -65,6 +76,14 @@ def build(
     _shard(model, meshes, dtype)
     model.to_empty(device=device)
     return model, ledger
+
+
+def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, ep_size: int) -> int:
+    """Bytes that a rank is sent if all tokens of its group come to it."""
+    assert config.moe is not None, "the caller has asked"
+    rows_of_token = config.moe.top_k if travel.combine == "per_expert" else 1
+    message = Message(config.hidden_size, torch.float32, 2 * config.moe.top_k)
+    return ep_size * max(tokens, travel.fixed_rows or 0) * rows_of_token * message.num_bytes
 
 
 def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:

@@ -192,22 +192,25 @@ def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: in
     name, ep_size = config.moe.transport, config.parallel.expert_parallel_size
     if name == "hierarchical" and config.moe.fixed_rows is not None:
         raise UserError(
-            f"moe.transport is hierarchical and moe.fixed_rows is {config.moe.fixed_rows}, but what a node passes on is "
-            "not fixed; leave one of them out"
+            f"moe.transport is hierarchical and moe.fixed_rows is {config.moe.fixed_rows}, but what a node passes on "
+            "is not fixed; leave one of them out"
         )
-    if name == "shared_memory" and config.parallel.device == "cuda":
+    wrong_device = {"shared_memory": "cuda", "cuda_ipc": "cpu"}.get(name)
+    if config.parallel.device == wrong_device or (name == "cuda_ipc" and config.parallel.device == "auto"):
         raise UserError(
-            "moe.transport is shared_memory and parallel.device is cuda, but it is for CPU ranks; use collective"
+            f"moe.transport is {name}, which is not for parallel.device {config.parallel.device}; use collective, or "
+            f"set the device to {'cuda' if name == 'cuda_ipc' else 'cpu'}"
         )
-    if name == "shared_memory" and ranks_per_node % ep_size:
+    one_machine = name in ("shared_memory", "cuda_ipc")
+    if one_machine and ranks_per_node % ep_size:
         raise UserError(
-            f"moe.transport is shared_memory, but the {ep_size} ranks of an expert-parallel group do not lie on one "
-            f"node of {ranks_per_node} ranks; use hierarchical or collective"
+            f"moe.transport is {name}, but the {ep_size} ranks of an expert-parallel group do not lie on one node of "
+            f"{ranks_per_node} ranks; use hierarchical or collective"
         )
-    if name == "shared_memory" and ep_size > MAX_SHARERS:
+    if one_machine and ep_size > MAX_SHARERS:
         raise UserError(
-            f"moe.transport is shared_memory, which joins at most {MAX_SHARERS} ranks, but "
-            f"parallel.expert_parallel_size is {ep_size}; use collective"
+            f"moe.transport is {name}, which joins at most {MAX_SHARERS} ranks, but parallel.expert_parallel_size is "
+            f"{ep_size}; use collective"
         )
     if name == "hierarchical" and (ep_size <= ranks_per_node or ep_size % ranks_per_node):
         raise UserError(

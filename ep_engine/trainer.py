@@ -111,6 +111,7 @@ class Trainer:
             device=device,
             dtype=getattr(torch, self.config.train.dtype),
             travel=self.config.moe,
+            tokens=self.config.data.batch_size // self.num_ranks * self.config.data.sequence_length,
             timeout_s=self.config.parallel.timeout_s,
         )
         self.optimizer = make_optimizer(self.model, self.config.train)

@@ -43,12 +43,14 @@ def resolve_run(
     folder: Path,
     *overrides: str,
     world_size: int = 1,
+    ranks_per_node: int | None = None,
     overwrite: bool = False,
     model: Mapping[str, Any] | None = None,
 ) -> Run:
     """Resolve that run with overrides, in which {files} and {out} stand for the two folders."""
     given = [override.format(files=files, out=folder) for override in overrides]
-    return resolve(load_config(write_run(files, folder, model), given), world_size, overwrite=overwrite)
+    config = load_config(write_run(files, folder, model), given)
+    return resolve(config, world_size, ranks_per_node=ranks_per_node, overwrite=overwrite)
 
 
 def contents(*folders: Path) -> dict[Path, bytes | None]:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
-    "debug", "ops", "placement", "ledger", "reference", "message", "transport", "shared_memory",  # what is below
+    "debug", "ops", "placement", "ledger", "reference", "message", "transport",
+    "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "load_balance", "moe_layer", "model",  # what it is part of

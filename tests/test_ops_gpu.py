@@ -168,3 +168,16 @@ def test_ops_are_captured_in_a_graph() -> None:
         captured = run()
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+def test_a_whole_layer_of_one_rank_is_captured_in_a_graph() -> None:
+    """Nothing in it waits for the device."""
+    layer, x_TD = make_layer(8, 2, 4).cuda(), torch.randn(256, 36).cuda()
+    with torch.no_grad():
+        for _ in range(3):  # makes the tables, and the products' workspaces
+            expected, _ = layer(x_TD)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured, _ = layer(x_TD)
+        graph.replay()
+    assert torch.equal(captured, expected)

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep_engine.errors import Fault
-from ep_engine.shared_memory import SharedMemory, _Regions
+from ep_engine.regions import Regions
+from ep_engine.shared_memory import SharedMemory
 from tests.distributed import run_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def test_thread_sanitizer_finds_no_race_between_ranks(tmp_path: Path) -> None:
 
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 3 << 14)), max_size=40))
 def test_regions_do_not_overlap_and_all_come_back(steps: list[tuple[bool, int]]) -> None:
-    regions, held = _Regions(1 << 16, 1 << 20), []
+    regions, held = Regions(1 << 16, 1 << 20), []
     for take, size in steps:
         if take:
             first = regions.take(size)
