@@ -45,16 +45,23 @@ def _run(rank: int, world_size: int, folder: str, body: Any, args: tuple[object,
 
 def time_together(calls: dict[str, Together], *, rounds: int, warm_up: int = 3) -> dict[str, dict[str, float]]:
     """Milliseconds of each call, the calls taking turns: median, least and largest, each that of the slowest rank."""
+    return {name: summary(times) for name, times in all_times(calls, rounds=rounds, warm_up=warm_up).items()}
+
+
+def all_times(calls: dict[str, Together], *, rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """The same, every round by itself."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(warm_up + rounds):
         for name, together in calls.items():
             milliseconds = _time(together)
             if turn >= warm_up:
                 found[name].append(milliseconds)
-    return {
-        name: {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
-        for name, times in found.items()
-    }
+    return found
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, least and largest of milliseconds."""
+    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
 
 
 def _time(together: Together) -> float:

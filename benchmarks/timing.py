@@ -2,7 +2,6 @@
 
 import json
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.ranks import summary
 from ep_engine.machine import describe_machine
 
 
@@ -32,10 +32,7 @@ def time_in_turn(
             started = time.perf_counter()
             call()
             found[name].append((time.perf_counter() - started) * 1e3)
-    return {
-        name: {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
-        for name, times in found.items()
-    }
+    return {name: summary(times) for name, times in found.items()}
 
 
 def print_table(title: str, times: dict[str, dict[str, float]], ratios: dict[str, float]) -> None:

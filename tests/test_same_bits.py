@@ -163,6 +163,43 @@ def test_rows_in_eight_bits_give_the_same_bits_too(transport: str, tmp_path: Pat
     check_sizes(Case(dtype=torch.bfloat16, transport=transport, fp8=True), (4,), tmp_path)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_random_uneven_routings_give_the_same_bits(world_size: int) -> None:
+    run_ranks(_many_routings, world_size=world_size, timeout_s=240)
+
+
+def _many_routings(rank: int, world_size: int) -> None:
+    """Any number of tokens on any rank, any of them to any expert: beside the same problem on one rank, worked here."""
+    links = links_between("shared_memory", rank, world_size)
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        dtype = (torch.float32, torch.bfloat16)[seed % 2]
+        sizes = torch.randint(0, 25, (world_size,), generator=generator).mul(
+            torch.rand(world_size, generator=generator) < 0.8
+        )
+        first, total = int(sizes[:rank].sum()), int(sizes.sum())
+        mine = slice(first, first + int(sizes[rank]))
+        # Experts as unlike as can be: some get nearly every token, some none.
+        favour_E = torch.randn(10, generator=generator) * 3
+        ids_TK = (favour_E + torch.randn(total, 10, generator=generator)).topk(K, dim=1).indices
+        x_TD, grad_TD = (torch.randn(total, D, generator=generator).to(dtype) for _ in range(2))
+        results = []
+        for here, ways in ((slice(0, total), ()), (mine, links)):
+            layer = make_layer(10, K, 4, links=ways, rank=rank if ways else 0, dtype=dtype)
+            set_routing(layer, ids_TK[here])
+            x = x_TD[here].clone().requires_grad_()
+            y, _ = layer(x)
+            y.backward(grad_TD[here])
+            grads = [p.grad for p in layer.experts.parameters()]
+            experts = {e: [grad[row] for grad in grads] for row, e in enumerate(layer.site.experts_here()) if e >= 0}
+            results.append((y.detach(), x.grad, experts))
+        (y_all, grad_all, experts_all), (y_here, grad_here, experts_here) = results
+        assert torch.equal(y_all[mine], y_here), seed
+        assert torch.equal(grad_all[mine], grad_here), seed
+        for expert, grads in experts_here.items():
+            assert all(torch.equal(a, b) for a, b in zip(experts_all[expert], grads, strict=True)), (seed, expert)
+
+
 @pytest.mark.parametrize("one_row_per_copy", [False, True])
 @pytest.mark.parametrize("transport", ["collective", "shared_memory"])
 def test_a_fixed_number_of_rows_gives_the_same_bits_too(
