@@ -9,7 +9,6 @@ rows bring along the placement's tree.
 Shape letters as in ops.py.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,12 +37,6 @@ class Arrival:
         hop = plans[-1].hop
         _, run_order = hop.tables(row_slot_RW.device)
         self.tables = ops.plan_arrival(row_slot_RW, plans[-1].rows_of_run, run_order, num_slots=hop.slots_per_rank)
-
-    @cached_property
-    def rows_per_slot(self) -> list[int]:
-        """[L], on the host: waits for the device."""
-        rows: list[int] = self.tables.rows_per_slot_L.tolist()
-        return rows
 
 
 def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...], *, fp8: bool = False) -> Arrival:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ep_engine import grouped_experts, ops, threaded_experts
 from ep_engine.dispatch import Arrival
-from ep_engine.grouped_experts import Backward, WeightGrads
+from ep_engine.grouped_experts import WeightGrads
+from ep_engine.ops import ExpertsBackward
 
 
 class Experts(nn.Module):
@@ -102,7 +103,7 @@ class _Mixture(torch.autograd.Function):
         ctx: Any, x_RD: Tensor, weights_RW: Tensor, w_gate_up: Tensor, w_down: Tensor, handover: _Handover
     ) -> Tensor:
         arrival, products = handover.arrival, grouped_experts if handover.grouped else threaded_experts
-        gate_up_NF, y_ND = products.forward(x_RD, w_gate_up, w_down, arrival)
+        gate_up_NF, y_ND = products.forward(x_RD, arrival.tables, w_gate_up, w_down)
         ctx.save_for_backward(x_RD, weights_RW, gate_up_NF, w_gate_up, w_down)
         ctx.handover, ctx.products = handover, products
         position_RW, slots_RW = arrival.tables.position_RW, arrival.row_slot_RW
@@ -115,7 +116,8 @@ class _Mixture(torch.autograd.Function):
         position_RW = kept.arrival.tables.position_RW
         weight_N = ops.choice_weights_backward(weights_RW, position_RW, len(gate_up_NF), 1).view(-1)
         grad_x_ND, grad_weight_N, kept.weight_grads = ctx.products.backward(
-            Backward(grads[0], x_RD, gate_up_NF, weight_N, kept.arrival), w_gate_up, w_down, later=kept.later
+            ExpertsBackward(grads[0], x_RD, kept.arrival.tables, w_gate_up, w_down, gate_up_NF, weight_N),
+            later=kept.later,
         )
         grad_x_RD = ops.combine_rows(grad_x_ND, position_RW, kept.arrival.row_slot_RW, None, kept.sum_sizes)
         grad_weights_RW = torch.empty_like(weights_RW)

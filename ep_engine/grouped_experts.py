@@ -7,42 +7,31 @@ Shape letters as in experts.py.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ep_engine import ops
-from ep_engine.dispatch import Arrival
+from ep_engine.ops import ArrivalTables, ExpertsBackward
 
 WeightGrads = Callable[[], tuple[Tensor, Tensor]]
 """Gives the gradients of w_gate_up and w_down, once."""
 
 
-class Backward(NamedTuple):
-    """What a backward starts from."""
-
-    grad_RD: Tensor  # of the weighted sums
-    x_RD: Tensor
-    gate_up_NF: Tensor
-    weight_N: Tensor  # float32, of every copy
-    arrival: Arrival
-
-
-def forward(x_RD: Tensor, w_gate_up: Tensor, w_down: Tensor, arrival: Arrival) -> tuple[Tensor, Tensor]:
+def forward(x_RD: Tensor, tables: ArrivalTables, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up (N, 2F) and output (N, D) of every copy."""
-    ends_L = _ends(arrival)
-    x_ND = ops.gather_rows(x_RD, arrival.tables.copy_row_N)
+    ends_L = _ends(tables)
+    x_ND = ops.gather_rows(x_RD, tables.copy_row_N)
     gate_up_NF = F.grouped_mm(x_ND, w_gate_up.transpose(1, 2), offs=ends_L)
     hidden_NF = ops.swiglu(gate_up_NF, gate_up_NF.new_empty(len(x_ND), gate_up_NF.shape[1] // 2))
     return gate_up_NF, F.grouped_mm(hidden_NF, w_down.transpose(1, 2), offs=ends_L)
 
 
-def backward(given: Backward, w_gate_up: Tensor, w_down: Tensor, *, later: bool) -> tuple[Tensor, Tensor, WeightGrads]:
+def backward(given: ExpertsBackward, *, later: bool) -> tuple[Tensor, Tensor, WeightGrads]:
     """Gradients of the copies (N, D) and of their weights (N,), and what gives those of the experts' weights."""
-    grad_RD, x_RD, gate_up_NF, weight_N, arrival = given
-    ends_L, copy_row_N = _ends(arrival), arrival.tables.copy_row_N
+    grad_RD, x_RD, tables, w_gate_up, w_down, gate_up_NF, weight_N = given
+    ends_L, copy_row_N = _ends(tables), tables.copy_row_N
     grad_ND = ops.gather_rows(grad_RD, copy_row_N)
     grad_hidden_NF = F.grouped_mm(grad_ND, w_down, offs=ends_L)
     inside = ops.SwigluGrads(torch.empty_like(gate_up_NF), torch.empty_like(grad_hidden_NF), torch.empty_like(weight_N))
@@ -62,5 +51,5 @@ def backward(given: Backward, w_gate_up: Tensor, w_down: Tensor, *, later: bool)
     return grad_x_ND, inside.weight_N, lambda: weight_grads
 
 
-def _ends(arrival: Arrival) -> Tensor:
-    return arrival.tables.rows_per_slot_L.cumsum(0, dtype=torch.int32)
+def _ends(tables: ArrivalTables) -> Tensor:
+    return tables.rows_per_slot_L.cumsum(0, dtype=torch.int32)

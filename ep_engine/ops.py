@@ -232,6 +232,73 @@ def swiglu_backward(grad_NF: Tensor, gate_up_NF: Tensor, weight_N: Tensor, out: 
     _ops.swiglu_backward(grad_NF, gate_up_NF, weight_N, *out)
 
 
+def experts_forward(x_RD: Tensor, tables: ArrivalTables, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up (N, 2F) and output (N, D) of each expert on its copies: csrc/expert_products.h. CPU only.
+
+    Weights are (L, 2F, D), gate first, and (L, D, F), contiguous, in the dtype of x.
+    """
+    num_copies = int(tables.rows_per_slot_L.sum())
+    gate_up_NF, y_ND = (x_RD.new_empty(num_copies, w.shape[1]) for w in (w_gate_up, w_down))
+    _ops.experts_forward(x_RD, tables.copy_row_N, tables.rows_per_slot_L, w_gate_up, w_down, gate_up_NF, y_ND)
+    return gate_up_NF, y_ND
+
+
+class ExpertsBackward(NamedTuple):
+    """What the backward of the experts is given."""
+
+    grad_RD: Tensor  # of each row's weighted sum
+    x_RD: Tensor
+    tables: ArrivalTables
+    w_gate_up: Tensor
+    w_down: Tensor
+    gate_up_NF: Tensor  # of the forward
+    weight_N: Tensor  # float32
+
+    def call(self, grad_x_ND: Tensor, grad_weight_N: Tensor, *rest: Tensor | None) -> None:
+        """The op, with its outputs."""
+        grad_RD, x_RD, tables, *others = self
+        _ops.experts_backward(
+            grad_RD, x_RD, tables.copy_row_N, tables.rows_per_slot_L, *others, grad_x_ND, grad_weight_N, *rest
+        )
+
+
+def experts_backward(given: ExpertsBackward) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Gradients of the copies (N, D), of their weights (N,), and of the experts' weights."""
+    grad_x_ND, grad_weight_N = _like_copies(given)
+    grads = torch.empty_like(given.w_gate_up), torch.empty_like(given.w_down)
+    given.call(grad_x_ND, grad_weight_N, None, None, *grads)
+    return grad_x_ND, grad_weight_N, grads
+
+
+def experts_rows_backward(given: ExpertsBackward) -> tuple[Tensor, SwigluGrads]:
+    """Gradients of the copies (N, D) and of their weights, and what `experts_weight_grads` needs."""
+    grad_x_ND, grad_weight_N = _like_copies(given)
+    num_copies, width = given.gate_up_NF.shape
+    inside = SwigluGrads(torch.empty_like(given.gate_up_NF), grad_x_ND.new_empty(num_copies, width // 2), grad_weight_N)
+    given.call(grad_x_ND, grad_weight_N, inside.gate_up_NF, inside.hidden_NF, None, None)
+    return grad_x_ND, inside
+
+
+def experts_weight_grads(given: ExpertsBackward, inside: SwigluGrads) -> tuple[Tensor, Tensor]:
+    """Gradients of the experts' weights after `experts_rows_backward`."""
+    grads = torch.empty_like(given.w_gate_up), torch.empty_like(given.w_down)
+    tables = given.tables
+    _ops.experts_weight_grads(
+        given.grad_RD,
+        given.x_RD,
+        tables.copy_row_N,
+        tables.rows_per_slot_L,
+        inside.gate_up_NF,
+        inside.hidden_NF,
+        *grads,
+    )
+    return grads
+
+
+def _like_copies(given: ExpertsBackward) -> tuple[Tensor, Tensor]:
+    return given.gate_up_NF.new_empty(len(given.gate_up_NF), given.x_RD.shape[1]), torch.empty_like(given.weight_N)
+
+
 def linear_rows(x_TD: Tensor, w_DE: Tensor) -> Tensor:
     """x @ w in float32, (T, E), each row's bits a function of that row alone: csrc/linear_rows.h. CPU only."""
     out_TE = x_TD.new_empty(len(x_TD), w_DE.shape[1])
@@ -301,6 +368,9 @@ def _register_fakes() -> None:
         "dequantise_rows",
         "swiglu",
         "swiglu_backward",
+        "experts_forward",
+        "experts_backward",
+        "experts_weight_grads",
         "linear_rows",
         "count_pairs",
     ):

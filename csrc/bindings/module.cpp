@@ -31,6 +31,17 @@ STABLE_TORCH_LIBRARY(ep_engine, m) {
       "swiglu_backward(Tensor grad, Tensor gate_up, Tensor weight, Tensor(a!) grad_gate_up, Tensor(b!) "
       "hidden, "
       "Tensor(c!) grad_weight) -> ()");
+  m.def(
+      "experts_forward(Tensor x, Tensor copy_row, Tensor copies_of_slot, Tensor w_gate_up, Tensor w_down, "
+      "Tensor(a!) gate_up, Tensor(b!) y) -> ()");
+  m.def(
+      "experts_backward(Tensor grad, Tensor x, Tensor copy_row, Tensor copies_of_slot, Tensor w_gate_up, "
+      "Tensor w_down, Tensor gate_up, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight, "
+      "Tensor(c!)? grad_gate_up, Tensor(d!)? hidden, Tensor(e!)? grad_w_gate_up, Tensor(f!)? grad_w_down) -> "
+      "()");
+  m.def(
+      "experts_weight_grads(Tensor grad, Tensor x, Tensor copy_row, Tensor copies_of_slot, "
+      "Tensor grad_gate_up, Tensor hidden, Tensor(a!) grad_w_gate_up, Tensor(b!) grad_w_down) -> ()");
   m.def("linear_rows(Tensor x, Tensor w, Tensor(a!) out) -> ()");
   m.def("count_pairs(Tensor expert_ids, Tensor(a!) counts) -> ()");
   m.def(

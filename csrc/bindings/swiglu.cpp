@@ -6,12 +6,6 @@
 namespace ep {
 namespace {
 
-// Memory of a contiguous matrix in the dtype of `like`.
-void* whole(const Tensor& tensor, const char* name, int64_t num_rows, int64_t dim, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
-  return rows(tensor, name, num_rows, dim, like);
-}
-
 void swiglu(const Tensor& gate_up, const Tensor& out) {
   STD_TORCH_CHECK(out.dim() == 2, "swiglu: out must be a matrix");
   const int64_t num_rows = out.size(0), dim = out.size(1);

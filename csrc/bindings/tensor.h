@@ -81,6 +81,13 @@ inline void* rows(const Tensor& tensor, const char* name, int64_t num_rows, int6
   return tensor.mutable_data_ptr();
 }
 
+// Memory of a contiguous matrix in the dtype of `like`.
+inline void* whole(
+    const Tensor& tensor, const char* name, int64_t num_rows, int64_t dim, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  return rows(tensor, name, num_rows, dim, like);
+}
+
 // Memory of `num_rows` rows of floats.
 inline float* float_rows(
     const Tensor& tensor, const char* name, int64_t num_rows, int64_t dim, const Tensor& like) {
