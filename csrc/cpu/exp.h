@@ -26,13 +26,13 @@ inline float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // Two factors, because 2^n by itself may be too large for a float when its product with p is not.
-  const auto whole = static_cast<int32_t>(n), half = whole / 2;
-  const int32_t first_bits = (half + 127) << 23, second_bits = (whole - half + 127) << 23;
-  float first, second;
-  std::memcpy(&first, &first_bits, sizeof(first));
-  std::memcpy(&second, &second_bits, sizeof(second));
-  return p * first * second;
+  // 2^n by adding n to the exponent. It stays that of a normal number: where n is largest p is below 1, where
+  // it is least p is above. NaN has n = 0 or the least integer, of which the shift leaves nothing.
+  uint32_t bits;
+  std::memcpy(&bits, &p, sizeof(bits));
+  bits += static_cast<uint32_t>(static_cast<int32_t>(n)) << 23;
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
 }
 
 inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
