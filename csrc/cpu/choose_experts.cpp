@@ -1,6 +1,10 @@
 #include "choose_experts.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "exp.h"
@@ -11,8 +15,6 @@ namespace {
 
 constexpr int64_t kBlock = 16;  // scores that are looked at together
 constexpr float kLeast = -__builtin_inff();
-
-int64_t padded(int64_t count) { return (count + kBlock - 1) / kBlock * kBlock; }
 
 // The best experts met so far, best first; of equal scores the lower id is better, and so is any to a NaN.
 class Best {
@@ -70,118 +72,108 @@ void offer_range(Best& best, const float* scores, int64_t begin, int64_t end) {
   for (; e < end; ++e) offer_better(e);
 }
 
-constexpr int64_t kLanes = 16;  // tokens whose best experts are found side by side
+// Four tokens are chosen for side by side, one in each lane of what all processors have vectors for: such
+// code does not hang on the optimiser. Loops over longer arrays are left to it.
+constexpr int64_t kLanes = 4;
+using Pack = float __attribute__((vector_size(kLanes * sizeof(float))));
+using IdPack = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
-// The best experts of kLanes tokens by `scores`, [num_experts, kLanes]: experts are taken one after the other
-// and sink into a sorted list, all lanes in step, so there is no branch to mispredict. Ascending ids and a
-// strict comparison let the lower id win. Scores that are not above -infinity leave -1.
-template <int64_t kSize>
-void best_of_lanes(const float* scores, int64_t num_experts, int32_t (*ids)[kLanes]) {
-  float best[kSize][kLanes];
-  for (int64_t k = 0; k < kSize; ++k) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      best[k][lane] = kLeast;
-      ids[k][lane] = -1;
-    }
-  }
-  for (int32_t e = 0; e < num_experts; ++e) {
-    float score[kLanes];
-    int32_t id[kLanes], sinking[kLanes] = {};
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      score[lane] = scores[e * kLanes + lane];
-      id[lane] = e;
-    }
-    for (int64_t k = 0; k < kSize; ++k) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        // What was displaced once goes on sinking: it is better than all that is below, by score or by id.
-        sinking[lane] = sinking[lane] | (score[lane] > best[k][lane] ? 1 : 0);
-        const float above = sinking[lane] ? score[lane] : best[k][lane];
-        const int32_t id_above = sinking[lane] ? id[lane] : ids[k][lane];
-        score[lane] = sinking[lane] ? best[k][lane] : score[lane];
-        id[lane] = sinking[lane] ? ids[k][lane] : id[lane];
-        best[k][lane] = above;
-        ids[k][lane] = id_above;
-      }
-    }
-  }
+constexpr int64_t kColumns = 4;      // packs that a row of scores is folded into
+constexpr int64_t kMostInLanes = 8;  // choices that can be found side by side
+constexpr int64_t kWord = 64;        // scores that are compared with a threshold together
+
+template <typename Wanted, typename Element>
+Wanted load(const Element* from) {
+  Wanted pack;
+  std::memcpy(&pack, from, sizeof(pack));
+  return pack;
 }
 
-// For the usual numbers of choices; false for others. Not by a pointer, so that it becomes vector code with
-// what calls it.
-inline bool find_best(int64_t size, const float* scores, int64_t num_experts, int32_t (*ids)[kLanes]) {
-  switch (size) {
-    case 1:
-      best_of_lanes<1>(scores, num_experts, ids);
-      return true;
-    case 2:
-      best_of_lanes<2>(scores, num_experts, ids);
-      return true;
-    case 3:
-      best_of_lanes<3>(scores, num_experts, ids);
-      return true;
-    case 4:
-      best_of_lanes<4>(scores, num_experts, ids);
-      return true;
-    case 5:
-      best_of_lanes<5>(scores, num_experts, ids);
-      return true;
-    case 6:
-      best_of_lanes<6>(scores, num_experts, ids);
-      return true;
-    case 7:
-      best_of_lanes<7>(scores, num_experts, ids);
-      return true;
-    case 8:
-      best_of_lanes<8>(scores, num_experts, ids);
-      return true;
-    default:
-      return false;
-  }
+// Element `lane` of part `column` of every row.
+Pack across(const Pack (*rows)[kColumns], int64_t column, int64_t lane) {
+  return Pack{rows[0][column][lane], rows[1][column][lane], rows[2][column][lane], rows[3][column][lane]};
 }
+
+// The best scores met by each lane and their ids, the best first. Ids must come in ascending order: a strict
+// comparison then lets the lower one win. Where a score goes is decided at all places at once, as the list is
+// sorted: there is no branch to mispredict and no chain of comparisons.
+class BestOfLanes {
+ public:
+  BestOfLanes() {
+    std::fill_n(scores_, kMostInLanes, Pack{} + kLeast);
+    std::fill_n(ids_, kMostInLanes, IdPack{} - 1);
+  }
+
+  void offer(Pack score, IdPack id) {
+    for (int64_t k = kMostInLanes - 1; k > 0; --k) {
+      const IdPack above = score > scores_[k - 1], here = score > scores_[k];
+      ids_[k] = above ? ids_[k - 1] : here ? id : ids_[k];
+      scores_[k] = above ? scores_[k - 1] : here ? score : scores_[k];
+    }
+    ids_[0] = score > scores_[0] ? id : ids_[0];
+    scores_[0] = score > scores_[0] ? score : scores_[0];
+  }
+
+  Pack score(int64_t k) const { return scores_[k]; }
+  IdPack id(int64_t k) const { return ids_[k]; }  // -1 if so many are not above -infinity
+
+ private:
+  Pack scores_[kMostInLanes];
+  IdPack ids_[kMostInLanes];
+};
 
 // What one thread needs for one token after the other.
 class Chooser {
  public:
   explicit Chooser(const ChooseExpertsArgs& args)
       : args_(args),
-        scores_(padded(args.num_experts)),
-        probabilities_(padded(args.num_experts)),
-        lanes_(args.num_experts * kLanes),
-        allowed_(args.num_experts) {
-    const bool listed = args.rule == Rule::kC2R || args.rule == Rule::kC2RGrouped;
-    rest_ = args.top_k - listed;
-    has_lanes_ = args.bias == nullptr && (listed || args.rule == Rule::kTopK) && rest_ >= 1 && rest_ <= 8;
+        scores_(args.num_experts),
+        probabilities_(args.num_experts),
+        listed_(args.rule == Rule::kC2R || args.rule == Rule::kC2RGrouped),
+        rest_(args.top_k - listed_),
+        width_((args.num_experts + kWord - 1) / kWord * kWord) {
+    if (!has_lanes()) return;
+    rows_.assign(kLanes * width_, kLeast);
+    candidates_.resize(kLanes * width_);
+    candidate_ids_.resize(kLanes * width_);
+    if (!listed_) return;
+    closed_ = std::make_unique_for_overwrite<float[]>(args.num_experts * args.num_experts);
+    is_known_.assign(args.num_experts, false);
   }
 
   // Whether kLanes tokens can be chosen for together.
-  bool has_lanes() const { return has_lanes_; }
+  bool has_lanes() const {
+    return args_.bias == nullptr && (listed_ || args_.rule == Rule::kTopK) && rest_ >= 1 &&
+           rest_ <= kMostInLanes;
+  }
 
   void choose_lanes(int64_t token) {
-    const int64_t num = args_.num_experts;
+    Pack scores[kMostInLanes + 1];
+    IdPack ids[kMostInLanes + 1];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const float* logits = args_.logits + (token + lane) * num;
-      for (int64_t e = 0; e < num; ++e) lanes_[e * kLanes + lane] = logits[e];
+      std::copy_n(args_.logits + (token + lane) * args_.num_experts, args_.num_experts, row(lane));
     }
-    int32_t first[1][kLanes], found[kMaxChoices][kLanes];
-    const bool listed = args_.rule != Rule::kTopK;
-    if (listed) {
-      best_of_lanes<1>(lanes_.data(), num, first);
+    BestOfLanes columns = largest_columns();
+    if (listed_) {
+      scores[0] = columns.score(0);
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        if (first[0][lane] >= 0) close_others(args_.logits + (token + lane) * num, first[0][lane], lane);
+        ids[0][lane] = first_of(row(lane), scores[0][lane]);
+        if (ids[0][lane] >= 0) close_others(row(lane), ids[0][lane]);
       }
+      columns = largest_columns();
     }
-    find_best(rest_, lanes_.data(), num, found);
+    const int64_t count = collect(columns.score(rest_ - 1));
+    BestOfLanes best;
+    for (int64_t i = 0; i < count * kLanes; i += kLanes) {
+      best.offer(load<Pack>(&candidates_[i]), load<IdPack>(&candidate_ids_[i]));
+    }
+    for (int64_t k = 0; k < rest_; ++k) {
+      scores[k + listed_] = best.score(k);
+      ids[k + listed_] = best.id(k);
+    }
+    weigh_lanes(token, scores, ids);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      if (found[rest_ - 1][lane] < 0 || (listed && first[0][lane] < 0)) {  // too few scores above -infinity
-        choose(token + lane);
-        continue;
-      }
-      int64_t* ids = args_.ids + (token + lane) * args_.top_k;
-      if (listed) ids[0] = first[0][lane];
-      for (int64_t k = 0; k < rest_; ++k) ids[k + listed] = found[k][lane];
-      const float* logits = args_.logits + (token + lane) * num;
-      if (args_.score != Score::kSoftmaxOfChosen) score(logits);
-      weigh(logits, ids, args_.weights + (token + lane) * args_.top_k);
+      if (ids[0][lane] < 0 || ids[args_.top_k - 1][lane] < 0) choose(token + lane);  // too few are numbers
     }
   }
 
@@ -194,6 +186,126 @@ class Chooser {
   }
 
  private:
+  float* row(int64_t lane) { return rows_.data() + lane * width_; }
+
+  // The largest score of each of kColumns * kLanes columns that scores are folded into.
+  static void fold(const float* scores, int64_t count, Pack* most) {
+    std::fill_n(most, kColumns, Pack{} + kLeast);
+    int64_t e = 0;
+    for (; e + kColumns * kLanes <= count; e += kColumns * kLanes) {
+      for (int64_t i = 0; i < kColumns; ++i) {
+        const auto score = load<Pack>(scores + e + i * kLanes);
+        most[i] = score > most[i] ? score : most[i];
+      }
+    }
+    for (; e < count; ++e) most[0][0] = std::max(most[0][0], scores[e]);
+  }
+
+  // The largest columns of each row. The K-th is a threshold: at least K scores reach it, so the K best do,
+  // and hardly any others.
+  BestOfLanes largest_columns() {
+    Pack most[kLanes][kColumns];
+    BestOfLanes best;
+    for (int64_t lane = 0; lane < kLanes; ++lane) fold(row(lane), width_, most[lane]);
+    for (int64_t i = 0; i < kColumns * kLanes; ++i)
+      best.offer(across(most, i / kLanes, i % kLanes), IdPack{});
+    return best;
+  }
+
+  // The lowest id of the largest score, -1 if that is no number.
+  int32_t first_of(const float* scores, float largest) const {
+    for (int64_t e = 0; largest > kLeast; e += kWord) {
+      const uint64_t found = bits_of_64_at_least(scores + e, largest);
+      if (found != 0) return static_cast<int32_t>(e + std::countr_zero(found));
+    }
+    return -1;
+  }
+
+  // Leaves only the scores of the experts that may go with the top-1 expert `first`.
+  void close_others(float* scores, int32_t first) {
+    const int64_t num = args_.num_experts;
+    const int32_t* list = args_.lists + first * args_.list_length;
+    float* __restrict closed = closed_.get() + first * num;
+    if (!is_known_[first]) {
+      std::fill_n(closed, num, kLeast);
+      const auto open = [&](int32_t e) { closed[e] = 0.0f; };
+      if (args_.rule == Rule::kC2R) {
+        std::for_each_n(list, args_.top_t, open);
+        is_known_[first] = true;
+      } else {
+        for_each_inside_groups(scores, list, open);
+      }
+    }
+    for (int64_t e = 0; e < num; ++e) scores[e] += closed[e];
+  }
+
+  // Writes each lane's scores that reach its threshold, by ascending id, then -infinity; returns how many.
+  int64_t collect(Pack threshold) {
+    int64_t counts[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const float* scores = row(lane);
+      const float least = std::max(threshold[lane], std::numeric_limits<float>::lowest());
+      int64_t at = lane;
+      for (int64_t e = 0; e < width_; e += kWord) {
+        for (uint64_t found = bits_of_64_at_least(scores + e, least); found != 0; found &= found - 1) {
+          const int64_t id = e + std::countr_zero(found);
+          candidates_[at] = scores[id];
+          candidate_ids_[at] = static_cast<int32_t>(id);
+          at += kLanes;
+        }
+      }
+      counts[lane] = at / kLanes;
+    }
+    const int64_t most = *std::max_element(counts, counts + kLanes);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t i = counts[lane]; i < most; ++i) candidates_[i * kLanes + lane] = kLeast;
+    }
+    return most;
+  }
+
+  // What `weigh` does, in the same order, for kLanes tokens.
+  void weigh_lanes(int64_t token, const Pack* scores, const IdPack* ids) {
+    const int64_t top_k = args_.top_k;
+    Pack weights[kMostInLanes + 1], sums = Pack{} + 1.0f, total{};
+    if (args_.score == Score::kSoftmax) {
+      Pack parts[kLanes][kColumns];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        exps(args_.logits + (token + lane) * args_.num_experts, scores[0][lane], parts[lane]);
+      }
+      sums = Pack{};
+      for (int64_t i = 0; i < kColumns * kLanes; ++i) sums += across(parts, i / kLanes, i % kLanes);
+    }
+    float x[(kMostInLanes + 1) * kLanes];
+    const bool sigmoid = args_.score == Score::kSigmoid;
+    for (int64_t k = 0; k < top_k; ++k) {
+      const Pack given = sigmoid ? scores[k] : scores[k] - scores[0];
+      std::memcpy(x + k * kLanes, &given, sizeof(given));
+    }
+    for (int64_t i = 0; i < top_k * kLanes; ++i) x[i] = sigmoid ? sigmoid_of(x[i]) : exp_of(x[i]);
+    for (int64_t k = 0; k < top_k; ++k) total += weights[k] = load<Pack>(x + k * kLanes) / sums;
+    const Pack divisors = divides() ? total + kTiny : Pack{} + 1.0f;
+    for (int64_t k = 0; k < top_k; ++k) {
+      weights[k] = weights[k] / divisors * args_.scale;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        args_.ids[(token + lane) * top_k + k] = ids[k][lane];
+        args_.weights[(token + lane) * top_k + k] = weights[k][lane];
+      }
+    }
+  }
+
+  // exp(logit - largest) of every expert, and its sums by columns, which are to be added up in their order.
+  void exps(const float* logits, float largest, Pack* sums) {
+    float* __restrict out = probabilities_.data();
+    const int64_t num = args_.num_experts;
+    for (int64_t e = 0; e < num; ++e) out[e] = exp_of(logits[e] - largest);
+    std::fill_n(sums, kColumns, Pack{});
+    int64_t e = 0;
+    for (; e + kColumns * kLanes <= num; e += kColumns * kLanes) {
+      for (int64_t i = 0; i < kColumns; ++i) sums[i] += load<Pack>(out + e + i * kLanes);
+    }
+    for (; e < num; ++e) sums[0][0] += out[e];
+  }
+
   void score(const float* logits) {
     const int64_t num = args_.num_experts;
     float* __restrict out = probabilities_.data();
@@ -201,23 +313,17 @@ class Chooser {
       for (int64_t e = 0; e < num; ++e) out[e] = sigmoid_of(logits[e]);
       return;
     }
-    float most[kBlock], sums[kBlock] = {};
-    std::fill_n(most, kBlock, kLeast);
-    int64_t e = 0;
-    for (; e + kBlock <= num; e += kBlock) {
-      for (int64_t i = 0; i < kBlock; ++i) most[i] = logits[e + i] > most[i] ? logits[e + i] : most[i];
-    }
-    for (; e < num; ++e) most[0] = std::max(most[0], logits[e]);
-    const float largest = *std::max_element(most, most + kBlock);
-    for (e = 0; e < num; ++e) out[e] = exp_of(logits[e] - largest);
-    for (e = 0; e + kBlock <= num; e += kBlock) {
-      for (int64_t i = 0; i < kBlock; ++i) sums[i] += out[e + i];
-    }
-    for (; e < num; ++e) sums[0] += out[e];
-    float sum = 0.0f;
-    for (const float part : sums) sum += part;
-    for (e = 0; e < num; ++e) out[e] /= sum;
+    Pack most[kColumns], sums[kColumns];
+    float largest = kLeast, sum = 0.0f;
+    fold(logits, num, most);
+    for (int64_t i = 0; i < kColumns * kLanes; ++i) largest = std::max(largest, most[i / kLanes][i % kLanes]);
+    exps(logits, largest, sums);
+    for (int64_t i = 0; i < kColumns * kLanes; ++i) sum += sums[i / kLanes][i % kLanes];
+    for (int64_t e = 0; e < num; ++e) out[e] /= sum;
   }
+
+  // Whether the weights of a token are divided by their sum.
+  bool divides() const { return args_.renormalise || args_.score == Score::kSoftmaxOfChosen; }
 
   // The logits where they order experts as the scores do: scores may round two of them together.
   const float* selection_scores(const float* logits) {
@@ -258,21 +364,6 @@ class Chooser {
     std::sort(chosen, chosen + groups.size());
     for (int64_t i = 0; i < groups.size(); ++i) {
       offer_range(best, scores, chosen[i] * size, (chosen[i] + 1) * size);
-    }
-  }
-
-  // Leaves in a lane only the scores of the experts that may go with the top-1 expert `first`.
-  void close_others(const float* logits, int32_t first, int64_t lane) {
-    const int32_t* list = args_.lists + first * args_.list_length;
-    std::fill_n(allowed_.data(), args_.num_experts, 0);
-    if (args_.rule == Rule::kC2R) {
-      for (int64_t i = 0; i < args_.top_t; ++i) allowed_[list[i]] = 1;
-    } else {
-      for_each_inside_groups(logits, list, [&](int32_t e) { allowed_[e] = 1; });
-    }
-    for (int64_t e = 0; e < args_.num_experts; ++e) {
-      float& score = lanes_[e * kLanes + lane];
-      score = allowed_[e] ? score : kLeast;
     }
   }
 
@@ -326,8 +417,7 @@ class Chooser {
     }
     float sum = 0.0f;
     for (int64_t k = 0; k < top_k; ++k) sum += weights[k];
-    const bool divide = args_.renormalise || args_.score == Score::kSoftmaxOfChosen;
-    const float divisor = divide ? sum + kTiny : 1.0f;
+    const float divisor = divides() ? sum + kTiny : 1.0f;
     for (int64_t k = 0; k < top_k; ++k) weights[k] = weights[k] / divisor * args_.scale;
   }
 
@@ -335,10 +425,14 @@ class Chooser {
 
   const ChooseExpertsArgs& args_;
   std::vector<float> scores_, probabilities_;  // [num_experts]
-  std::vector<float> lanes_;                   // [num_experts, kLanes], the scores of kLanes tokens
-  std::vector<uint8_t> allowed_;               // [num_experts]
+  bool listed_;                                // the rule puts one expert first and has lists for the others
   int64_t rest_;                               // choices after the one that the rule puts first
-  bool has_lanes_;
+  int64_t width_;                              // num_experts, rounded up to whole words
+  std::vector<float> rows_;                    // [kLanes, width], the scores, -infinity where none is
+  std::vector<float> candidates_;              // [width, kLanes], the scores that reach the threshold
+  std::vector<int32_t> candidate_ids_;         // [width, kLanes]
+  std::unique_ptr<float[]> closed_;            // [num_experts, num_experts], what is added for a top-1 expert
+  std::vector<bool> is_known_;                 // [num_experts], whether its row of `closed_` is made
 };
 
 EP_VECTORISED void choose(const ChooseExpertsArgs& args, int64_t begin, int64_t end) {

@@ -19,6 +19,24 @@
 
 namespace ep {
 
+// Bit i: whether values[i] >= least, for 64 values; false for NaN.
+inline uint64_t bits_of_64_at_least(const float* values, float least) {
+  uint64_t bits = 0;
+#if defined(__x86_64__)
+  const auto compare = [&](int i) {
+    return _mm_castps_si128(_mm_cmpge_ps(_mm_loadu_ps(values + i), _mm_set1_ps(least)));
+  };
+  for (int i = 0; i < 64; i += 16) {  // four times four answers, packed to a byte each
+    const __m128i low = _mm_packs_epi32(compare(i), compare(i + 4));
+    const __m128i high = _mm_packs_epi32(compare(i + 8), compare(i + 12));
+    bits |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_packs_epi16(low, high))) << i;
+  }
+#else
+  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(values[i] >= least) << i;
+#endif
+  return bits;
+}
+
 // memcpy past the caches, for bytes that this core will not read again: no line of the destination is read
 // first. `finish_stream` must be called before another thread is told of them.
 inline void stream_bytes(void* to, const void* from, int64_t count) {
