@@ -35,9 +35,9 @@ def there_and_back(link: Link, site: Site, tokens: int, hidden: int, top_k: int)
 
     def call() -> None:
         dist.barrier()
-        arrival = dispatch(x, weights, make_plan(ids, way[0]), way)
+        rows_RD, _, arrival = dispatch(x, weights, make_plan(ids, way[0]), way)
         record(ids, site, arrival.plans)
-        combine(arrival.rows_RD, arrival).backward(grad)
+        combine(rows_RD, arrival).backward(grad)
         dist.barrier()
 
     return call

@@ -34,6 +34,7 @@ from ep_engine.transport import Collective, Transport
 
 TOKENS = 2048
 CHUNKS = (2, 4)
+Arrived = tuple[Tensor, Tensor, Arrival]
 
 
 class Ways:
@@ -44,42 +45,42 @@ class Ways:
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
 
     @torch.no_grad()
-    def dispatched(self, x_TD: Tensor) -> Arrival:
+    def dispatched(self, x_TD: Tensor) -> Arrived:
         """Router, plan and dispatch."""
         routing = self.layer.router(x_TD)
         return dispatch(x_TD, routing.weights_TK, make_plan(routing.ids_TK, self.layer.way[0]), self.layer.way)
 
     @torch.no_grad()
-    def computed(self, arrival: Arrival) -> Tensor:
+    def computed(self, arrived: Arrived) -> Tensor:
         """What the experts give, not yet at home."""
-        z_RD: Tensor = self.layer.experts(arrival.rows_RD, arrival)
+        z_RD: Tensor = self.layer.experts(*arrived)
         return z_RD
 
     @torch.no_grad()
     def in_turn(self, chunks: int = 1) -> Tensor:
         """One thing after the other."""
         parts = [self.dispatched(x) for x in self.x_TD.chunk(chunks)]
-        return self.shared(self.x_TD) + torch.cat([combine(self.computed(part), part) for part in parts])
+        return self.shared(self.x_TD) + torch.cat([combine(self.computed(part), part[2]) for part in parts])
 
     @torch.no_grad()
     def beside_shared(self) -> Tensor:
         """The shared expert during the dispatch."""
         waiting = self.thread.submit(self.dispatched, self.x_TD)
         y_TD = self.shared(self.x_TD)
-        arrival = waiting.result()
-        return y_TD + combine(self.computed(arrival), arrival)
+        arrived = waiting.result()
+        return y_TD + combine(self.computed(arrived), arrived[2])
 
     @torch.no_grad()
     def in_chunks(self, chunks: int) -> Tensor:
         """The next part travels while the experts work on this one."""
         parts = list(self.x_TD.chunk(chunks))
-        waiting: Future[Arrival] = self.thread.submit(self.dispatched, parts[0])
+        waiting: Future[Arrived] = self.thread.submit(self.dispatched, parts[0])
         done: list[tuple[Tensor, Arrival]] = []
         for following in [*parts[1:], None]:
-            arrival = waiting.result()
+            arrived = waiting.result()
             if following is not None:
                 waiting = self.thread.submit(self.dispatched, following)
-            done.append((self.computed(arrival), arrival))
+            done.append((self.computed(arrived), arrived[2]))
         return self.shared(self.x_TD) + torch.cat([combine(z_RD, arrival) for z_RD, arrival in done])
 
 
@@ -96,10 +97,10 @@ def measure(rank: int, shape: Shape, rounds: int) -> dict[str, Any]:
         for chunks in CHUNKS:
             calls[f"{name}, {chunks} chunks"] = lambda ways=ways, chunks=chunks: ways.in_chunks(chunks)
             calls[f"{name}, {chunks} chunks, in turn"] = lambda ways=ways, chunks=chunks: ways.in_turn(chunks)
-        arrival = ways.dispatched(x_TD)
-        z_RD = ways.computed(arrival)
+        arrived = ways.dispatched(x_TD)
+        z_RD = ways.computed(arrived)
         calls[f"{name}, dispatch"] = lambda ways=ways: ways.dispatched(x_TD)
-        calls[f"{name}, combine"] = lambda z_RD=z_RD, arrival=arrival: combine(z_RD, arrival)
+        calls[f"{name}, combine"] = lambda z_RD=z_RD, arrival=arrived[2]: combine(z_RD, arrival)
         expected = ways.in_turn()
         for way in (ways.beside_shared, lambda ways=ways: ways.in_chunks(2)):
             torch.testing.assert_close(way(), expected, rtol=1e-4, atol=1e-4)

@@ -36,7 +36,7 @@ struct ExpertsArgs {
   ElementType type;  // of all matrices
 
   void* gate_up;  // [num_copies, 2 * width], written by the forward, read by the backward
-  void* y;        // [num_copies, dim], written by the forward
+  void* y;        // [num_copies, dim], written by the forward; null if only gate_up is wanted
 
   const void* grad;      // [any, dim], of a row's weighted sum
   int64_t grad_stride;   // elements from one row to the next

@@ -20,26 +20,26 @@ from ep_engine.plan import Hop, Plan, make_plan
 
 
 class Arrival:
-    """What this rank works on, and how it finds its way back.
+    """What has arrived, in integers, and how it finds its way back.
 
-    Not a dataclass: FSDP goes through those among a module's arguments and casts the tensors in them.
+    Not a dataclass: FSDP goes through those among a module's arguments.
 
     Attributes:
-        rows_RD: arrived rows.
-        weights_RW: float32, their combine weights.
-        row_slot_RW: int32, local slots they are for, ascending, -1: none.
+        row_slot_RW: int32, local slots each row is for, ascending, -1: none.
         tables: the same grouped by slot.
         plans: of every hop.
     """
 
-    def __init__(self, rows_RD: Tensor, weights_RW: Tensor, row_slot_RW: Tensor, plans: tuple[Plan, ...]) -> None:
-        self.rows_RD, self.weights_RW, self.row_slot_RW, self.plans = rows_RD, weights_RW, row_slot_RW, plans
+    def __init__(self, row_slot_RW: Tensor, plans: tuple[Plan, ...]) -> None:
+        self.row_slot_RW, self.plans = row_slot_RW, plans
         hop = plans[-1].hop
         _, run_order = hop.tables(row_slot_RW.device)
         self.tables = ops.plan_arrival(row_slot_RW, plans[-1].rows_of_run, run_order, num_slots=hop.slots_per_rank)
 
 
-def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...], *, fp8: bool = False) -> Arrival:
+def dispatch(
+    x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...], *, fp8: bool = False
+) -> tuple[Tensor, Tensor, Arrival]:
     """Send each token's row to its ranks and find out which rows each expert gets.
 
     Args:
@@ -48,8 +48,12 @@ def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...],
         plan: of the first hop, from `make_plan` on the ids of the same tokens.
         way: the hops.
         fp8: rows travel as e4m3 with a scale per 128 elements (csrc/fp8_rows.h); gradients do not.
+
+    Returns:
+        Rows (R, D), their combine weights (R, W) float32, and what they are for.
     """
-    return Arrival(*_Dispatch.apply(x_TD, weights_TK, plan, way, fp8))  # type: ignore[no-untyped-call]
+    rows_RD, weights_RW, *rest = _Dispatch.apply(x_TD, weights_TK, plan, way, fp8)  # type: ignore[no-untyped-call]
+    return rows_RD, weights_RW, Arrival(*rest)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -6,7 +6,8 @@ The matrix products are those of threaded_experts.py on CPU, of grouped_experts.
 
 Gradients of the rows and gradients of the weights are nodes of their own, so that a schedule can take the second later
 without computing the first again. Kept for them are the arrived rows and, per copy, gate and up: an expert's input is
-gathered again, its output is not needed (csrc/swiglu.h).
+gathered again, its output is not needed (csrc/swiglu.h). What is kept beside the tensors that autograd knows of is
+integers, so that recomputation can drop the rest.
 
 Shape letters:  R rows arrived   N copies grouped by slot   L slots of this rank   D model dim   F expert hidden dim
 """
@@ -41,18 +42,16 @@ class Experts(nn.Module):
         self.sum_sizes = sum_sizes
         self.weight_grads_later = False  # compute them when their node runs, not with those of the rows
         self.grouped: bool | None = None  # all experts in one product; None: on GPUs
+        self.recompute = False  # gate and up are not kept but computed again
 
-    def forward(self, rows_RD: Tensor, arrival: Arrival) -> Tensor:
-        """Arrived rows -> for each the weighted sum of the outputs of its experts, (R, D). Idle slots cost nothing.
-
-        The rows of `arrival` are an argument of their own for FSDP, which looks for gradients among the arguments.
-        """
+    def forward(self, rows_RD: Tensor, weights_RW: Tensor, arrival: Arrival) -> Tensor:
+        """Arrived rows -> for each the weighted sum of the outputs of its experts, (R, D). Idle slots cost nothing."""
         grouped = rows_RD.is_cuda if self.grouped is None else self.grouped
-        handover = _Handover(arrival, self.sum_sizes, self.weight_grads_later, grouped)
+        handover = _Handover(arrival, self.sum_sizes, self.weight_grads_later, self.recompute, grouped)
         ticket = _WeightGrads.apply(self.w_gate_up, self.w_down, handover)  # type: ignore[no-untyped-call]
         rows_RD = _Join.apply(rows_RD, ticket)  # type: ignore[no-untyped-call]
         z_RD: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
-            rows_RD, arrival.weights_RW, self.w_gate_up.detach(), self.w_down.detach(), handover
+            rows_RD, weights_RW, self.w_gate_up.detach(), self.w_down.detach(), handover
         )
         return z_RD
 
@@ -64,6 +63,7 @@ class _Handover:
     arrival: Arrival
     sum_sizes: list[int]
     later: bool
+    recompute: bool
     grouped: bool
     weight_grads: WeightGrads | None = None
 
@@ -104,7 +104,7 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         arrival, products = handover.arrival, grouped_experts if handover.grouped else threaded_experts
         gate_up_NF, y_ND = products.forward(x_RD, arrival.tables, w_gate_up, w_down)
-        ctx.save_for_backward(x_RD, weights_RW, gate_up_NF, w_gate_up, w_down)
+        ctx.save_for_backward(x_RD, weights_RW, None if handover.recompute else gate_up_NF, w_gate_up, w_down)
         ctx.handover, ctx.products = handover, products
         position_RW, slots_RW = arrival.tables.position_RW, arrival.row_slot_RW
         return ops.combine_rows(y_ND, position_RW, slots_RW, weights_RW, handover.sum_sizes)
@@ -113,6 +113,8 @@ class _Mixture(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_RD, weights_RW, gate_up_NF, w_gate_up, w_down = ctx.saved_tensors
         kept = ctx.handover
+        if gate_up_NF is None:
+            gate_up_NF = ctx.products.gate_up(x_RD, kept.arrival.tables, w_gate_up, w_down)
         position_RW = kept.arrival.tables.position_RW
         weight_N = ops.choice_weights_backward(weights_RW, position_RW, len(gate_up_NF), 1).view(-1)
         grad_x_ND, grad_weight_N, kept.weight_grads = ctx.products.backward(

@@ -21,11 +21,15 @@ WeightGrads = Callable[[], tuple[Tensor, Tensor]]
 
 def forward(x_RD: Tensor, tables: ArrivalTables, w_gate_up: Tensor, w_down: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up (N, 2F) and output (N, D) of every copy."""
-    ends_L = _ends(tables)
+    gate_up_NF = gate_up(x_RD, tables, w_gate_up, w_down)
+    hidden_NF = ops.swiglu(gate_up_NF, gate_up_NF.new_empty(len(gate_up_NF), w_down.shape[2]))
+    return gate_up_NF, F.grouped_mm(hidden_NF, w_down.transpose(1, 2), offs=_ends(tables))
+
+
+def gate_up(x_RD: Tensor, tables: ArrivalTables, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """The first result of `forward` alone."""
     x_ND = ops.gather_rows(x_RD, tables.copy_row_N)
-    gate_up_NF = F.grouped_mm(x_ND, w_gate_up.transpose(1, 2), offs=ends_L)
-    hidden_NF = ops.swiglu(gate_up_NF, gate_up_NF.new_empty(len(x_ND), gate_up_NF.shape[1] // 2))
-    return gate_up_NF, F.grouped_mm(hidden_NF, w_down.transpose(1, 2), offs=ends_L)
+    return F.grouped_mm(x_ND, w_gate_up.transpose(1, 2), offs=_ends(tables))
 
 
 def backward(given: ExpertsBackward, *, later: bool) -> tuple[Tensor, Tensor, WeightGrads]:

@@ -45,11 +45,18 @@ class MoELayer(nn.Module):
             site.slots_per_rank, self.hidden_size, self.moe.expert_hidden_size, site.cut.group_sizes_of_slots
         )
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, RouterStatistics]:
-        """(T, D) -> (T, D) in the same dtype; T may be 0 and may differ between ranks."""
-        routing = self.router(x_TD)
+    def forward(self, x_TD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics]:
+        """(T, D) -> (T, D) in the same dtype; T may be 0 and may differ between ranks.
+
+        `chosen` is for a layer that is computed twice: the first time its ids are put there, then they are taken.
+        """
+        again = bool(chosen)
+        routing = self.router(x_TD, chosen[0] if chosen else None)
         plan = make_plan(routing.ids_TK, self.way[0])
-        arrival = dispatch(x_TD, routing.weights_TK, plan, self.way, fp8=self.fp8)
-        record(routing.ids_TK, self.site, arrival.plans)
-        z_RD = self.experts(arrival.rows_RD, arrival)
+        rows_RD, weights_RW, arrival = dispatch(x_TD, routing.weights_TK, plan, self.way, fp8=self.fp8)
+        if not again:
+            record(routing.ids_TK, self.site, arrival.plans)
+        if chosen == []:
+            chosen.append(routing.ids_TK)
+        z_RD = self.experts(rows_RD, weights_RW, arrival)
         return combine(z_RD, arrival), router_statistics(routing)

@@ -243,6 +243,13 @@ def experts_forward(x_RD: Tensor, tables: ArrivalTables, w_gate_up: Tensor, w_do
     return gate_up_NF, y_ND
 
 
+def experts_gate_up(x_RD: Tensor, tables: ArrivalTables, w_gate_up: Tensor, w_down: Tensor) -> Tensor:
+    """The first result of `experts_forward` alone."""
+    gate_up_NF = x_RD.new_empty(int(tables.rows_per_slot_L.sum()), w_gate_up.shape[1])
+    _ops.experts_forward(x_RD, tables.copy_row_N, tables.rows_per_slot_L, w_gate_up, w_down, gate_up_NF, None)
+    return gate_up_NF
+
+
 class ExpertsBackward(NamedTuple):
     """What the backward of the experts is given."""
 

@@ -12,7 +12,7 @@ from ep_engine import ops
 from ep_engine.grouped_experts import WeightGrads
 from ep_engine.ops import ExpertsBackward
 
-forward = ops.experts_forward
+forward, gate_up = ops.experts_forward, ops.experts_gate_up
 
 
 def backward(given: ExpertsBackward, *, later: bool) -> tuple[Tensor, Tensor, WeightGrads]:

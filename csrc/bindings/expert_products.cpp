@@ -81,13 +81,13 @@ void experts_forward(const Tensor& x,
                      const Tensor& w_gate_up,
                      const Tensor& w_down,
                      const Tensor& gate_up,
-                     const Tensor& y) {
-  const int64_t num_copies = y.size(0), width = w_down.size(2);
+                     const MaybeTensor& y) {
+  const int64_t num_copies = gate_up.size(0), width = w_down.size(2);
   ExpertsArgs args = shared_args(x, copy_row, copies_of_slot, num_copies, width);
   args.w_gate_up = stacked(w_gate_up, "w_gate_up", args.num_slots, 2 * width, args.dim, x);
   args.w_down = stacked(w_down, "w_down", args.num_slots, args.dim, width, x);
   args.gate_up = whole(gate_up, "gate_up", num_copies, 2 * width, x);
-  args.y = whole(y, "y", num_copies, args.dim, x);
+  if (y) args.y = whole(*y, "y", num_copies, args.dim, x);
   experts_forward_cpu(args, multiply(args.type), on_threads);
 }
 

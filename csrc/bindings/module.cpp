@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(ep_engine, m) {
       "Tensor(c!) grad_weight) -> ()");
   m.def(
       "experts_forward(Tensor x, Tensor copy_row, Tensor copies_of_slot, Tensor w_gate_up, Tensor w_down, "
-      "Tensor(a!) gate_up, Tensor(b!) y) -> ()");
+      "Tensor(a!) gate_up, Tensor(b!)? y) -> ()");
   m.def(
       "experts_backward(Tensor grad, Tensor x, Tensor copy_row, Tensor copies_of_slot, Tensor w_gate_up, "
       "Tensor w_down, Tensor gate_up, Tensor weight, Tensor(a!) grad_x, Tensor(b!) grad_weight, "

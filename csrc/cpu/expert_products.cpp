@@ -133,9 +133,11 @@ void experts_forward_cpu(const ExpertsArgs& args, const Multiply& multiply, cons
   for_each_expert(args, parallel_for, [&](const Expert& expert) {
     if (expert.count() == 0) return;
     const Matrix gate_up = expert.copies(args.gate_up, 2 * args.width);
+    multiply(expert.gathered(args.x, args.x_stride, scratch_x),
+             transposed(expert.gate_up_of(args.w_gate_up)),
+             gate_up);
+    if (args.y == nullptr) return;
     const Matrix hidden = expert.in_scratch(scratch_hidden, args.width);
-    const Matrix x = expert.gathered(args.x, args.x_stride, scratch_x);
-    multiply(x, transposed(expert.gate_up_of(args.w_gate_up)), gate_up);
     swiglu_cpu({.gate_up = gate_up.data,
                 .out = const_cast<void*>(hidden.data),
                 .num_rows = expert.count(),
