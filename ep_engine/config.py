@@ -106,6 +106,10 @@ class TrainSection(_Section):
     """of new weights and of the order of batches"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of computation; weights, moments and gradient sums stay float32"""
+    micro_batches: int = Field(1, ge=1)
+    """parts of a batch that are computed one after the other; the load-balance loss is the mean of theirs"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """computed again for the backward: nothing; attention, and experts' gate and up; every layer as a whole"""
     log_every: int = Field(10, ge=1)
     """steps between lines of metrics.jsonl"""
     save_every: int | None = Field(None, ge=1)
@@ -128,6 +132,8 @@ class ParallelSection(_Section):
     """ranks that share the batch and the dense weights [all ranks]"""
     expert_parallel_size: int = Field(1, ge=1)
     """ranks that share the experts of a layer; divides data_parallel_size"""
+    reshard_after_forward: bool = False
+    """gather weights again for the backward (ZeRO-3) instead of keeping them (ZeRO-2)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs if every rank of a node has one, else CPU"""
     timeout_s: float = Field(300.0, gt=0, le=604_800)

@@ -4,15 +4,21 @@ Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabu
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
+
+Recompute = Literal["none", "selective", "full"]
+"""What is computed again for the backward: nothing; attention, and experts' gate and up; every layer as a whole."""
+T = TypeVar("T")
 
 
 class DecoderOutput(NamedTuple):
@@ -46,6 +52,14 @@ class Decoder(nn.Module):
         logits_BSV = F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
         return DecoderOutput(logits_BSV, tuple(routers))
 
+    def recompute(self, what: Recompute) -> None:
+        """Keep less for the backward."""
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer), "they were made as such"
+            layer.recompute = what
+        for moe in self.moe_layers().values():
+            moe.experts.recompute = what == "selective"
+
     def moe_layers(self) -> dict[int, MoELayer]:
         """The mixtures of experts, by the index of their layer."""
         moes = {i: getattr(layer, "moe", None) for i, layer in enumerate(self.layers)}
@@ -65,15 +79,39 @@ class DecoderLayer(nn.Module):
         else:
             self.moe = MoELayer(config.moe, config.hidden_size, index)
         self.is_moe = config.moe is not None
+        self.recompute: Recompute = "none"
 
     def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, RouterStatistics | None]:
         """(B, S, D) -> (B, S, D), and what the router did if there is one."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cos_sin)
+        if self.recompute == "full":
+            chosen: list[Tensor] = []  # experts are chosen once, whatever the second pass would round
+            return _computed_again(self._forward, x_BSD, cos_sin, chosen)
+        return self._forward(x_BSD, cos_sin)
+
+    def _forward(
+        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], chosen: list[Tensor] | None = None
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        attended_BSD = (
+            _computed_again(self._attend, x_BSD, cos_sin)
+            if self.recompute == "selective"
+            else self._attend(x_BSD, cos_sin)
+        )
+        x_BSD = x_BSD + attended_BSD
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.ffn(h_BSD), None
-        y_TD, router = self.moe(h_BSD.flatten(0, 1))
+        y_TD, router = self.moe(h_BSD.flatten(0, 1), chosen)
         return x_BSD + y_TD.view_as(x_BSD), router
+
+    def _attend(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), cos_sin)
+        return y_BSD
+
+
+def _computed_again(function: Callable[..., T], *inputs: Any) -> T:
+    """function(*inputs), of which only the inputs are kept; what its backward needs is computed a second time."""
+    result: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 class Attention(nn.Module):

@@ -4,6 +4,8 @@ The model is single-device code and stays so; this file gives its MoE layers the
 weights with FSDP2.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,6 +32,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     travel: MoESection = _DEFAULT,
+    reshard_after_forward: bool = False,
     tokens: int = 0,
     timeout_s: float = 300.0,
 ) -> tuple[Decoder, Ledger]:
@@ -44,6 +47,7 @@ def build(
         device: where weights live.
         dtype: of computation; weights and gradient sums are float32. The router computes in float32 regardless.
         travel: how tokens travel to their experts; its placement is not read.
+        reshard_after_forward: gather weights again for the backward instead of keeping them.
         tokens: the most that a rank has in one pass; transport cuda_ipc needs to know.
         timeout_s: a rank that hears nothing from another for so long fails.
 
@@ -73,7 +77,7 @@ def build(
                 site = Site.of(placement, i, cut, ep_mesh.get_local_rank(), one_row_per_copy=per_copy)
                 links = connection.links(ledger, i)
                 moe.join(site, *links, fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
-    _shard(model, meshes, dtype)
+    _shard(model, meshes, dtype, reshard_after_forward)
     model.to_empty(device=device)
     return model, ledger
 
@@ -86,16 +90,18 @@ def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, ep_s
     return ep_size * max(tokens, travel.fixed_rows or 0) * rows_of_token * message.num_bytes
 
 
-def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype) -> None:
+def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) -> None:
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for moe in model.moe_layers().values():
-        fully_shard(moe.experts, mesh=meshes.experts["edp"], mp_policy=compute)
+        # Rows come in the dtype of computation, and their weights are to stay in float32.
+        uncast = replace(compute, cast_forward_inputs=False)
+        fully_shard(moe.experts, mesh=meshes.experts["edp"], mp_policy=uncast, reshard_after_forward=reshard)
         if dtype != torch.float32:
             # By itself: cast with the rest of its layer, its weights would be rounded.
             exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(moe.router, mesh=meshes.dense["dp"], mp_policy=exact)
+            fully_shard(moe.router, mesh=meshes.dense["dp"], mp_policy=exact, reshard_after_forward=reshard)
     for layer in model.layers:
-        fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)
+        fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=reshard)
     fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

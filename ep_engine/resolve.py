@@ -90,8 +90,12 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
             f"parallel.expert_parallel_size ({ep}) must divide the {dp} ranks of the job (WORLD_SIZE); choose another "
             "number of ranks"
         )
-    if config.data.batch_size % dp:
-        raise UserError(f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks of the job")
+    parts = config.train.micro_batches
+    if config.data.batch_size % (dp * parts):
+        times = f" times train.micro_batches ({parts})" if parts > 1 else ""
+        raise UserError(
+            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks of the job{times}"
+        )
 
 
 def _check_apart(config: RunConfig) -> None:

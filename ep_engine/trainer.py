@@ -111,15 +111,16 @@ class Trainer:
             device=device,
             dtype=getattr(torch, self.config.train.dtype),
             travel=self.config.moe,
+            reshard_after_forward=self.config.parallel.reshard_after_forward,
             tokens=self.config.data.batch_size // self.num_ranks * self.config.data.sequence_length,
             timeout_s=self.config.parallel.timeout_s,
         )
+        self.model.recompute(self.config.train.recompute)
         self.optimizer = make_optimizer(self.model, self.config.train)
         self.step = self.first_step = self._load()
         data, train = self.config.data, self.config.train
-        self.batches = Batches(
-            run.train, sequence_length=data.sequence_length, batch_size=data.batch_size, seed=train.seed
-        )
+        rows = data.batch_size // train.micro_batches
+        self.batches = Batches(run.train, sequence_length=data.sequence_length, batch_size=rows, seed=train.seed)
         self.tokens_per_step = data.batch_size * data.sequence_length
         self.total = Ledger(self.ledger.tier_of_rank)
         self.speeds: list[float] = []
@@ -177,20 +178,8 @@ class Trainer:
 
     def _one_step(self, window: _Window) -> None:
         train = self.config.train
-        try:
-            inputs_BS, targets_BS = self.batches.batch(self.step, self.rank, self.num_ranks)
-        except UserError as error:  # text that only this rank has read: not said before the start, nor by all
-            raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
-        output = self.model(inputs_BS.to(self.device))
-        # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
-        targets_T = targets_BS.to(self.device).flatten()
-        entropy = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_T, reduction="sum")
-        share = entropy / self.tokens_per_step
-        loss = share
-        if output.routers and train.load_balance > 0:
-            loss = share + train.load_balance * load_balance_loss(output.routers, self.tokens_per_step, self.group)
-        loss.backward()
-        total, norm = sum_over_ranks(share, self.model, self.group)
+        shares = [self._forward_and_backward(part, window) for part in range(train.micro_batches)]
+        total, norm = sum_over_ranks(torch.stack(shares).sum(), self.model, self.group)
         if not (math.isfinite(total) and math.isfinite(norm)):
             kept = self.last_saved or self.run.resume
             raise Fault(
@@ -208,11 +197,34 @@ class Trainer:
         window.tokens += self.tokens_per_step
         window.losses.append(total)
         self.last_norm = norm
+
+    def _forward_and_backward(self, part: int, window: _Window) -> Tensor:
+        """One micro-batch; returns this rank's share of the loss of the batch."""
+        train = self.config.train
+        try:
+            inputs_BS, targets_BS = self.batches.batch(
+                self.step * train.micro_batches + part, self.rank, self.num_ranks
+            )
+        except UserError as error:  # text that only this rank has read: not said before the start, nor by all
+            raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
+        # Gradients are summed over ranks once, after the last part.
+        self.model.set_requires_gradient_sync(part == train.micro_batches - 1)  # type: ignore[operator]  # FSDP2's
+        output = self.model(inputs_BS.to(self.device))
+        # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
+        targets_T = targets_BS.to(self.device).flatten()
+        entropy = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_T, reduction="sum")
+        share = entropy / self.tokens_per_step
+        loss = share
+        if output.routers and train.load_balance > 0:
+            balance = load_balance_loss(output.routers, self.tokens_per_step // train.micro_batches, self.group)
+            loss = share + train.load_balance / train.micro_batches * balance
+        loss.backward()
         if output.routers:
             load_LE = torch.stack([router.load_E for router in output.routers])
             window.load_LE = load_LE if window.load_LE is None else window.load_LE + load_LE
             for pairs_EE, router in zip(self.pairs_LEE, output.routers, strict=True):
                 ops.count_pairs(router.ids_TK, pairs_EE)
+        return share.detach()
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started

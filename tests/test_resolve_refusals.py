@@ -42,6 +42,11 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
         r"^parallel\.expert_parallel_size \(16\) is larger than the model's number of experts \(8\): every rank must",
     ),
     "uneven batch": (3, (), r"^data\.batch_size \(8\) must be a multiple of the 3 ranks of the job"),
+    "uneven parts": (
+        2,
+        ("train.micro_batches=3",),
+        r"^data\.batch_size \(8\) must be a multiple of the 2 ranks of the job times train\.micro_batches \(3\)$",
+    ),
     "nothing to resume": (
         1,
         ("output.resume=true",),

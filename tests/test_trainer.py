@@ -72,36 +72,75 @@ def test_two_runs_are_the_same_bit_by_bit(ep_size: int, folder: Path) -> None:
     assert sums[0] == sums[1]
 
 
-LAYOUTS = {
-    "dp2": (2, 1, "topk", "per_device"),
-    "ep2": (2, 2, "topk", "per_device"),
-    "ep2 per expert": (2, 2, "topk", "per_expert"),
-    "ep2 c2r": (2, 2, "c2r", "per_device"),
-    "edp2 ep2": (4, 2, "topk", "per_device"),
-    "ep4": (4, 4, "topk", "per_device"),
+# Ranks, expert-parallel size, routing rule, and what else is set; `train` for the one process too.
+LAYOUTS: dict[str, tuple[int, int, str, dict[str, dict[str, Any]]]] = {
+    "dp2": (2, 1, "topk", {}),
+    "dp2, weights gathered again": (2, 1, "topk", {"parallel": {"reshard_after_forward": True}}),
+    "ep2": (2, 2, "topk", {}),
+    "ep2 per expert": (2, 2, "topk", {"moe": {"combine": "per_expert"}}),
+    "ep2 fixed rows": (2, 2, "topk", {"moe": {"fixed_rows": 64}}),
+    "ep2 c2r": (2, 2, "c2r", {}),
+    "edp2 ep2": (4, 2, "topk", {}),
+    "edp2 ep2, weights gathered again": (4, 2, "topk", {"parallel": {"reshard_after_forward": True}}),
+    "edp2 ep2 in parts": (4, 2, "topk", {"train": {"micro_batches": 2}}),
+    "ep2 in parts": (2, 2, "c2r", {"train": {"micro_batches": 4}}),
+    "ep4": (4, 4, "topk", {}),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_losses_of_one_process(layout: str, folder: Path) -> None:
-    world_size, ep_size, rule, combine = LAYOUTS[layout]
-    single = small_run(folder, f"one-{layout}", **moe_sections(folder, rule))
+    world_size, ep_size, rule, others = LAYOUTS[layout]
+    name = layout.replace(" ", "-")
+    train = {"train": {"steps": 10, **others.get("train", {})}}
+    single = small_run(folder, f"one-{name}", **moe_sections(folder, rule, **train))
     train_here(single)
-    parallel = {"expert_parallel_size": ep_size}
-    config = small_run(
-        folder, f"many-{layout}", **moe_sections(folder, rule, parallel=parallel, moe={"combine": combine})
-    )
+    parallel = {"expert_parallel_size": ep_size, **others.get("parallel", {})}
+    sections = moe_sections(folder, rule, parallel=parallel, moe=others.get("moe", {}), **train)
+    config = small_run(folder, f"many-{name}", **sections)
     run_ranks(_train, config, world_size=world_size)
     assert losses(config) == pytest.approx(losses(single), rel=1e-5)
-    one, many = (open_source(c.output.folder / "checkpoints/step_000006").tensors for c in (single, config))
-    for name, tensor in one.items():
+    one, many = (open_source(c.output.folder / "checkpoints/step_000010").tensors for c in (single, config))
+    for weight, tensor in one.items():
         # Adam divides by the root of tiny second moments, which enlarges the last bits of a gradient.
-        torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(many[weight], tensor, rtol=1e-3, atol=1e-4)
     summaries = [json.loads((c.output.folder / "summary.json").read_text()) for c in (single, config)]
     assert summaries[1]["heldout_loss"] == pytest.approx(summaries[0]["heldout_loss"], rel=1e-5)
     assert summaries[1]["load_max_over_mean"] == summaries[0]["load_max_over_mean"]
     assert summaries[0]["ledger"]["bytes_per_token"]["total"] == 0
     assert (summaries[1]["ledger"]["bytes_per_token"]["total"] > 0) == (ep_size > 1)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("world_size", "ep_size", "reshard"), [(1, 1, False), (2, 2, False), (4, 2, False), (4, 2, True)]
+)
+def test_what_is_computed_again_has_the_same_bits(
+    world_size: int, ep_size: int, reshard: bool, recompute: str, folder: Path
+) -> None:
+    parallel = {"expert_parallel_size": ep_size, "reshard_after_forward": reshard}
+    configs = []
+    for what in ("none", recompute):
+        name = f"{recompute}-{world_size}-{ep_size}-{reshard}-{what}"
+        train = {"steps": 3, "recompute": what, "micro_batches": 2}
+        config = small_run(folder, name, **moe_sections(folder, "c2r", parallel=parallel), train=train)
+        run_ranks(_train, config, world_size=world_size)
+        configs.append(config)
+    assert losses(configs[0]) == losses(configs[1])
+    kept = [read_manifest(config.output.folder / "checkpoints/step_000003")["checksums"] for config in configs]
+    assert kept[0] == kept[1]
+    ledgers = [json.loads((config.output.folder / "summary.json").read_text())["ledger"] for config in configs]
+    assert ledgers[0]["devices_per_token"] == ledgers[1]["devices_per_token"]
+    sent = [ledger["bytes_per_token"] for ledger in ledgers]
+    # A layer that is computed again is dispatched again, which the ledger counts.
+    assert sent[1]["dispatch"] == sent[0]["dispatch"] * (2 if recompute == "full" else 1)
+
+
+def test_a_dense_batch_in_parts_is_the_same_step(folder: Path) -> None:
+    whole, parts = (small_run(folder, f"parts-{n}", train={"steps": 6, "micro_batches": n}) for n in (1, 4))
+    for config in (whole, parts):
+        train_here(config)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
 
 
 def _train(rank: int, world_size: int, config: Any) -> None:
