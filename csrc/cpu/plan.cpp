@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <vector>
 
 #include "vectorise.h"
@@ -43,73 +44,93 @@ void sort_numbers(const uint32_t* given, uint32_t* sorted, int64_t size) {
 // A token's choices in the order in which its rows name them: by slot, or by expert where each has a row.
 class Choices {
  public:
-  explicit Choices(const PlanSendArgs& args) : args_(args), place_(args.num_experts) {
+  explicit Choices(const PlanSendArgs& args)
+      : args_(args),
+        place_(args.num_experts),
+        slots_(std::max(args.num_experts, args.num_ranks * args.slots_per_rank)) {
+    const auto slots_per_rank = static_cast<int32_t>(args.slots_per_rank);
     for (int64_t e = 0; e < args.num_experts; ++e) {
-      place_[e] = args.one_row_per_copy ? static_cast<int32_t>(e) : args.slot_of_expert[e];
+      const int32_t slot = args.slot_of_expert[e];
+      place_[e] = args.one_row_per_copy ? static_cast<int32_t>(e) : slot;
+      slots_[place_[e]] = {slot / slots_per_rank, slot % slots_per_rank};
     }
   }
 
   void load(int64_t token) {
     const int64_t* ids = args_.expert_ids + token * args_.top_k;
-    uint32_t given[kMaxTopK];
-    count_ = 0;
+    uint32_t given[kMaxTopK], sorted[kMaxTopK];
+    int count = 0;
     for (int64_t k = 0; k < args_.top_k; ++k) {
-      count_ += ids[k] >= 0;
+      count += ids[k] >= 0;
       const uint32_t place = ids[k] < 0 ? kNoPlace : static_cast<uint32_t>(place_[ids[k]]);
       given[k] = place << kColumnBits | static_cast<uint32_t>(k);
     }
-    sort_numbers(given, sorted_, args_.top_k);
+    sort_numbers(given, sorted, args_.top_k);
+    const auto first_choice = static_cast<int32_t>(token * args_.top_k);
+    uint32_t starts = 0;
+    for (int i = 0; i < count; ++i) {
+      const Slot slot = slots_[sorted[i] >> kColumnBits];
+      const bool is_start = args_.one_row_per_copy || i == 0 || slot.rank != ranks[i - 1];
+      starts |= static_cast<uint32_t>(is_start) << i;
+      ranks[i] = slot.rank;
+      slots[i] = slot.local;
+      choices[i] = first_choice + static_cast<int32_t>(sorted[i] & kColumnMask);
+    }
+    starts_ = starts;
+    count_ = count;
   }
 
-  int64_t count() const { return count_; }
-  int32_t column(int64_t i) const { return static_cast<int32_t>(sorted_[i] & kColumnMask); }
-
-  int32_t slot(int64_t i) const {
-    const auto place = static_cast<int32_t>(sorted_[i] >> kColumnBits);
-    return args_.one_row_per_copy ? args_.slot_of_expert[place] : place;
-  }
-
-  // Calls visit(rank, first, last) for each row of the token: choices [first, last) share it.
+  // Calls visit(first, last) for each row of the token: choices [first, last) share it.
   template <typename Visit>
   void for_each_row(Visit visit) const {
-    int64_t first = 0;
-    while (first < count_) {
-      const auto rank = slot(first) / static_cast<int32_t>(args_.slots_per_rank);
-      int64_t last = first + 1;
-      if (!args_.one_row_per_copy) {
-        const int64_t end = (rank + 1) * args_.slots_per_rank;
-        while (last < count_ && slot(last) < end) ++last;
-      }
-      visit(rank, first, last);
-      first = last;
+    for (uint32_t starts = starts_; starts != 0;) {
+      const int first = std::countr_zero(starts);
+      starts &= starts - 1;
+      visit(first, starts != 0 ? std::countr_zero(starts) : count_);
     }
   }
 
+  // Of each choice. Longer than a token's, so that as many as a row has may be read from any of them on.
+  int32_t ranks[kMaxTopK], slots[2 * kMaxTopK] = {}, choices[2 * kMaxTopK] = {};
+
  private:
+  struct Slot {
+    int32_t rank, local;
+  };
+
   const PlanSendArgs& args_;
   std::vector<int32_t> place_;  // [num_experts], what choices are sorted by
-  uint32_t sorted_[kMaxTopK];
-  int64_t count_ = 0;
+  std::vector<Slot> slots_;     // of each place
+  uint32_t starts_;             // bit i: choice i begins a row
+  int count_;
 };
 
 int64_t num_chunks(int64_t num_items) { return (num_items + kPlanChunk - 1) / kPlanChunk; }
 
 // Turns counts[chunk, bucket] into the places where each chunk's items of a bucket begin, buckets one after
-// the other in the order that `bucket_at` gives; totals[bucket] becomes the items of a bucket.
+// the other in the order that `bucket_at` gives; totals[bucket] becomes the items of a bucket. Counts are
+// gone through as they lie in memory.
 template <typename BucketAt>
 int32_t place_chunks(
     int32_t* counts, int64_t chunks, int64_t num_buckets, int32_t* totals, BucketAt bucket_at) {
+  std::fill_n(totals, num_buckets, 0);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int32_t* __restrict row = counts + chunk * num_buckets;
+    for (int64_t bucket = 0; bucket < num_buckets; ++bucket) {
+      const int32_t count = row[bucket];
+      row[bucket] = totals[bucket];
+      totals[bucket] += count;
+    }
+  }
+  std::vector<int32_t> begin(num_buckets);
   int32_t end = 0;
   for (int64_t i = 0; i < num_buckets; ++i) {
-    const int64_t bucket = bucket_at(i);
-    const int32_t begin = end;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      int32_t& count = counts[chunk * num_buckets + bucket];
-      const int32_t first = end;
-      end += count;
-      count = first;
-    }
-    totals[bucket] = end - begin;
+    begin[bucket_at(i)] = end;
+    end += totals[bucket_at(i)];
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    int32_t* row = counts + chunk * num_buckets;
+    for (int64_t bucket = 0; bucket < num_buckets; ++bucket) row[bucket] += begin[bucket];
   }
   return end;
 }
@@ -119,6 +140,7 @@ void count_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk
   for (int64_t e = 0; e < args.num_experts; ++e) {
     rank_of[e] = args.slot_of_expert[e] / static_cast<int32_t>(args.slots_per_rank);
   }
+  const bool fit_in_word = !args.one_row_per_copy && args.num_ranks <= 64;  // a token's ranks
   std::vector<int64_t> last_token(args.num_ranks, -1);  // that has a row for the rank already
   for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
     int32_t* counts = args.scratch + chunk * args.num_ranks;
@@ -126,6 +148,12 @@ void count_rows(const PlanSendArgs& args, int64_t begin_chunk, int64_t end_chunk
     const int64_t end = std::min(args.num_tokens, (chunk + 1) * kPlanChunk);
     for (int64_t token = chunk * kPlanChunk; token < end; ++token) {
       const int64_t* ids = args.expert_ids + token * args.top_k;
+      if (fit_in_word) {  // else each choice would wait for what the one before it has written
+        uint64_t ranks = 0;
+        for (int64_t k = 0; k < args.top_k; ++k) ranks |= ids[k] < 0 ? 0 : uint64_t{1} << rank_of[ids[k]];
+        for (; ranks != 0; ranks &= ranks - 1) ++counts[std::countr_zero(ranks)];
+        continue;
+      }
       for (int64_t k = 0; k < args.top_k; ++k) {
         if (ids[k] < 0) continue;
         const int32_t rank = rank_of[ids[k]];
@@ -144,19 +172,17 @@ EP_VECTORISED void place_rows(const PlanSendArgs& args, int64_t begin_chunk, int
     for (int64_t token = chunk * kPlanChunk; token < end; ++token) {
       choices.load(token);
       int64_t visit = token * args.max_visits;
-      choices.for_each_row([&](int64_t rank, int64_t first, int64_t last) {
-        const int32_t row = next_row[rank]++;
+      choices.for_each_row([&](int64_t first, int64_t last) {
+        const int32_t rank = choices.ranks[first], row = next_row[rank]++;
         args.row_token[row] = static_cast<int32_t>(token);
-        int32_t* slots = args.row_slot + row * args.row_width;
-        int32_t* columns = args.row_choice + row * args.row_width;
-        for (int64_t i = first; i < last; ++i) {
-          slots[i - first] = choices.slot(i) - static_cast<int32_t>(rank * args.slots_per_rank);
-          columns[i - first] = static_cast<int32_t>(token * args.top_k) + choices.column(i);
+        int32_t* __restrict slots = args.row_slot + row * args.row_width;
+        int32_t* __restrict columns = args.row_choice + row * args.row_width;
+        for (int64_t i = 0; i < args.row_width; ++i) {
+          slots[i] = first + i < last ? choices.slots[first + i] : -1;
+          columns[i] = first + i < last ? choices.choices[first + i] : -1;
         }
-        std::fill_n(slots + last - first, args.row_width - last + first, -1);
-        std::fill_n(columns + last - first, args.row_width - last + first, -1);
         args.visit_row[visit] = row;
-        args.visit_rank[visit] = static_cast<int32_t>(rank);
+        args.visit_rank[visit] = rank;
         ++visit;
       });
       const int64_t unused = (token + 1) * args.max_visits - visit;
@@ -212,7 +238,12 @@ void count_copies(const PlanArrivalArgs& args, const Runs& runs, int64_t begin_c
   }
 }
 
+constexpr int64_t kLine = 64 / sizeof(int32_t);  // numbers in a cache line
+
+// Copies go to one place per slot in turn, too many for the processor to foresee the lines that are next.
 void place_copies(const PlanArrivalArgs& args, const Runs& runs, int64_t begin_chunk, int64_t end_chunk) {
+  const int32_t* first = args.scratch + begin_chunk * args.num_slots;
+  for (int64_t slot = 0; slot < args.num_slots; ++slot) __builtin_prefetch(args.copy_row + first[slot], 1);
   for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
     int32_t* next = args.scratch + chunk * args.num_slots;
     runs.for_each_row(chunk * kPlanChunk, (chunk + 1) * kPlanChunk, [&](int64_t row) {
@@ -223,6 +254,7 @@ void place_copies(const PlanArrivalArgs& args, const Runs& runs, int64_t begin_c
         const int32_t place = next[slots[c]]++;
         positions[c] = place;
         args.copy_row[place] = static_cast<int32_t>(row);
+        __builtin_prefetch(args.copy_row + place + kLine, 1);
       }
       std::fill_n(positions + c, args.row_width - c, -1);
     });
