@@ -348,7 +348,7 @@ def main() -> None:
         results[name] = found = compare(SHAPES[name], args)
         print_table(f"one MoE layer, {name} {SHAPES[name]}", found["times"], found["ratios"])
         print(*found["left_out"], sep="\n", file=sys.stderr)  # noqa: T201
-    setting = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items() if key != "json"}
+    setting = {key: v for key, v in vars(args).items() if key not in ("json", "peers_python", "megatron_shim")}
     setting["threads"] = "EP=1: 2; EP=2: 1 per rank; EP=4: 1 per rank, two ranks per core"
     setting["activation_bytes"] = "bytes of torch's allocator beyond those before, without weight gradients that stay"
     write_results(args.json, f"one MoE layer, forward and backward, {args.dtype}", setting, results)

@@ -99,7 +99,7 @@ def test_dispatch_benchmark_counts_fewer_bytes_per_device(tmp_path: Path) -> Non
         assert one < many
 
 
-@pytest.mark.parametrize("name", ["kernels", "all_to_all", "moe_layer", "dispatch", "quickstart"])
+@pytest.mark.parametrize("name", ["kernels", "all_to_all", "moe_layer", "overlap", "dispatch", "quickstart"])
 def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
