@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ep_engine import checksum
 from ep_engine.errors import Fault, UserError
@@ -77,6 +78,8 @@ class Shard:
     tensor: Tensor  # a view of the parameter's local memory: a load writes straight into it
     saved: Tensor  # what torch.distributed.checkpoint is given: the DTensor, or the same view
     first: int  # position of its first element in the whole entry
+    pitch: int | None = None  # where it is parts of the rows of the entry: elements from one row to the next
+    is_copy: bool = False  # other ranks hold the same, and one of them speaks for all
 
 
 _STACKED = {"w_gate_up": ("w_gate", "w_up")}  # what a module stacks along the first dim of an expert
@@ -86,7 +89,7 @@ def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str,
     """Map a module's tensors to checkpoint entries.
 
     Args:
-        named: (name, tensor) pairs; a tensor may be a DTensor sharded along dim 0.
+        named: (name, tensor) pairs; a tensor may be a DTensor sharded along its first two dims.
         expert_ids: for each `...experts` module, the logical expert id in each of its rows, -1 for an empty slot.
     """
     entries: dict[str, Shard] = {}
@@ -94,8 +97,8 @@ def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str,
         module, _, leaf = name.rpartition(".")
         tensor = tensor.detach()  # what is read or written here is no part of a graph
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        first_row = _first_row(tensor)
         if module in expert_ids:
+            first_row = _offset(tensor)[0]
             for row in range(local.shape[0]):
                 expert = expert_ids[module][first_row + row]
                 if expert < 0:
@@ -104,23 +107,37 @@ def module_entries(named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str,
                 for part, of_expert in zip(parts, local[row].chunk(len(parts)), strict=True):
                     entries[f"{module}.{expert}.{part}"] = Shard(of_expert, of_expert, 0)
         else:
-            row_size = local[0].numel() if local.shape[0] else 1
-            entries[name] = Shard(local, tensor, first_row * row_size)
+            entries[name] = _shard(tensor, local)
     return entries
 
 
-def _first_row(tensor: Tensor) -> int:
-    """Row of the whole tensor that this rank's part begins with (torch.chunk along dim 0, as FSDP2 cuts)."""
+def _shard(tensor: Tensor, local: Tensor) -> Shard:
+    offset, size = _offset(tensor), tensor.shape
+    is_copy = isinstance(tensor, DTensor) and any(
+        placement.is_replicate() and tensor.device_mesh.get_local_rank(dim) > 0
+        for dim, placement in enumerate(tensor.placements)
+    )
+    if tensor.ndim < 2:
+        return Shard(local, tensor, offset[0], is_copy=is_copy)
+    pitch = size[1] if local.shape[1] < size[1] else None
+    return Shard(local, tensor, offset[0] * size[1] + offset[1], pitch, is_copy)
+
+
+def _offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's part begins."""
     if not isinstance(tensor, DTensor):
-        return 0
-    rows, (mesh,) = tensor.shape[0], (tensor.device_mesh,)
-    per_rank = -(-rows // mesh.size())
-    return min(rows, per_rank * mesh.get_local_rank())
+        return (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset
 
 
 def checksums(entries: Mapping[str, Shard], group: dist.ProcessGroup | None) -> dict[str, int]:
     """Checksum of every entry, the parts of all ranks of `group` added up."""
-    mine = {name: checksum.checksum(shard.tensor, first=shard.first) for name, shard in entries.items()}
+    mine = {
+        name: checksum.checksum(shard.tensor, first=shard.first, pitch=shard.pitch)
+        for name, shard in entries.items()
+        if not shard.is_copy
+    }
     if group is None:
         return mine
     parts: list[dict[str, int]] = [{}] * dist.get_world_size(group)

@@ -15,18 +15,22 @@ _CHUNK = 1 << 20  # elements hashed at a time: bounds the scratch memory to some
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def checksum(tensor: Tensor, *, first: int = 0) -> int:
+def checksum(tensor: Tensor, *, first: int = 0, pitch: int | None = None) -> int:
     """Sum of mix(position, bits) over the elements of `tensor`, in 0..2**64-1.
 
     Args:
         tensor: any shape and dtype; it counts as the run of elements first, first + 1, ... of the whole tensor.
         first: position of its first element in the whole, flattened row by row.
+        pitch: elements from one row of the whole to the next, where `tensor` is a matrix of parts of its rows.
     """
     bits = tensor.detach().cpu().contiguous().view(-1).view(_BITS[tensor.element_size()]).numpy()
+    width = tensor.shape[1] if pitch is not None else max(bits.size, 1)
     total = 0
     for start in range(0, bits.size, _CHUNK):
         part = bits[start : start + _CHUNK].astype(np.uint64)  # sign extension is harmless: the map is one to one
-        position = np.arange(first + start, first + start + part.size, dtype=np.uint64)
+        index = np.arange(start, start + part.size, dtype=np.uint64)
+        row, column = np.divmod(index, np.uint64(width))
+        position = np.uint64(first) + row * np.uint64(pitch or 0) + column
         total += int(_mix(part ^ _mix(position)).sum(dtype=np.uint64))
     return total % _MODULUS
 

@@ -19,15 +19,16 @@ def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> 
     """
     shapes = expected_entries(config)
     for name, shard in entries.items():
-        flat = shard.tensor.view(-1)
         if name.endswith("norm.weight"):
-            flat.fill_(1.0)
+            shard.tensor.fill_(1.0)
         elif name.endswith(".bias"):
-            flat.zero_()
+            shard.tensor.zero_()
         else:
             # Drawn whole: the part of a rank is the same whatever the other parts are.
-            whole = torch.randn(shapes[name], generator=_stream(seed, name)).view(-1) * config.initializer_range
-            flat.copy_(whole[shard.first : shard.first + flat.numel()])
+            whole = torch.randn(shapes[name], generator=_stream(seed, name)) * config.initializer_range
+            part = shard.tensor
+            strides = part.stride() if shard.pitch is None else (shard.pitch, 1)
+            part.copy_(whole.as_strided(part.shape, strides, shard.first) if part.numel() else part)
 
 
 def _stream(seed: int, name: str) -> torch.Generator:

@@ -1,8 +1,8 @@
 """Ranks and their grids: what torchrun says, and the two meshes over the same ranks.
 
-    dense weights and the batch:  (dp,)        experts:  (edp, ep),  edp * ep = dp
+    dense weights and the batch:  (dp, tp)        experts:  (edp, ep),  edp * ep = dp * tp
 
-The only place that makes process groups.
+Ranks that follow each other are neighbours in tp, and in ep. The only place that makes process groups.
 """
 
 import os
@@ -63,8 +63,9 @@ class World:
 class Meshes:
     """The two grids over the ranks of a job."""
 
-    dense: DeviceMesh  # ("dp",)
+    dense: DeviceMesh  # ("dp", "tp")
     experts: DeviceMesh  # ("edp", "ep")
+    flat: DeviceMesh  # ("all",): every rank, for what each rank does on tokens of its own
     node_of_rank: list[int]  # [world size]
     ep_inside: dist.ProcessGroup | None  # the ranks of this rank's expert-parallel group on its node, and
     ep_across: dist.ProcessGroup | None  # its peers on the other nodes; None: one node, or nodes with unequal parts
@@ -78,14 +79,17 @@ class Meshes:
 
 
 @contextmanager
-def process_groups(world: World, device: torch.device, ep_size: int, timeout_s: float) -> Iterator[Meshes]:
+def process_groups(
+    world: World, device: torch.device, ep_size: int, timeout_s: float, *, tp_size: int = 1
+) -> Iterator[Meshes]:
     """Join the other ranks, make the meshes, and leave at the end; a program that has joined already stays joined.
 
     Args:
-        world: from torchrun; its size is a multiple of `ep_size`.
+        world: from torchrun; its size is a multiple of `ep_size` and of `tp_size`.
         device: where this rank computes.
         ep_size: ranks of an expert-parallel group; the ranks of one group have consecutive numbers.
         timeout_s: a rank that hears nothing from another for so long fails.
+        tp_size: ranks that share one batch row and split its sequence; consecutive too.
     """
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -99,28 +103,39 @@ def process_groups(world: World, device: torch.device, ep_size: int, timeout_s: 
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield _make_meshes(world, device, ep_size, timeout)
+        yield _make_meshes(world, device, ep_size, tp_size, timeout)
     finally:
         if not joined:
             dist.destroy_process_group()
 
 
-def _make_meshes(world: World, device: torch.device, ep_size: int, timeout: timedelta) -> Meshes:
+def _make_meshes(world: World, device: torch.device, ep_size: int, tp_size: int, timeout: timedelta) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
     nodes: list[int] = [0] * world.size
     dist.all_gather_object(nodes, world.node)
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
-    dense = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("dp",))
-    grid = torch.arange(world.size).view(-1, ep_size)
-    axes = {"edp": grid.t().tolist(), "ep": grid.tolist(), **_split_by_node(grid.tolist(), nodes)}
+    flat = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("all",))
+    experts, dense = torch.arange(world.size).view(-1, ep_size), torch.arange(world.size).view(-1, tp_size)
+    axes = {
+        "edp": experts.t().tolist(),
+        "ep": experts.tolist(),
+        "dp": dense.t().tolist(),
+        "tp": dense.tolist(),
+        **_split_by_node(experts.tolist(), nodes),
+    }
     own: dict[str, dist.ProcessGroup] = {}
     for axis, groups in axes.items():
         for ranks in groups:  # every rank takes part in making every group
             group = dist.new_group(ranks, timeout=timeout, group_desc=axis)
             if world.rank in ranks:
                 own[axis] = group
-    experts = DeviceMesh.from_group([own["edp"], own["ep"]], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
-    return Meshes(dense, experts, nodes, own.get("ep_inside"), own.get("ep_across"))
+
+    def mesh(grid: torch.Tensor, *names: str) -> DeviceMesh:
+        return DeviceMesh.from_group([own[name] for name in names], device.type, mesh=grid, mesh_dim_names=names)
+
+    return Meshes(
+        mesh(dense, "dp", "tp"), mesh(experts, "edp", "ep"), flat, nodes, own.get("ep_inside"), own.get("ep_across")
+    )
 
 
 def _split_by_node(groups: list[list[int]], node_of_rank: list[int]) -> dict[str, list[list[int]]]:

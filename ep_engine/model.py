@@ -38,6 +38,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.unembed = Unembed()
 
     def forward(self, tokens_BS: Tensor) -> DecoderOutput:
         """Token ids (B, S) int64 in [0, V) -> logits, causal."""
@@ -49,8 +50,8 @@ class Decoder(nn.Module):
             if router is not None:
                 routers.append(router)
         x_BSD = self.norm(x_BSD)
-        logits_BSV = F.linear(x_BSD, self.embed.weight) if self.head is None else self.head(x_BSD)
-        return DecoderOutput(logits_BSV, tuple(routers))
+        w_VD = self.embed.weight if self.head is None else self.head.weight
+        return DecoderOutput(self.unembed(x_BSD, w_VD), tuple(routers))
 
     def recompute(self, what: Recompute) -> None:
         """Keep less for the backward."""
@@ -64,6 +65,14 @@ class Decoder(nn.Module):
         """The mixtures of experts, by the index of their layer."""
         moes = {i: getattr(layer, "moe", None) for i, layer in enumerate(self.layers)}
         return {i: moe for i, moe in moes.items() if isinstance(moe, MoELayer)}
+
+
+class Unembed(nn.Module):
+    """Logits, by weights that may be the embedding's."""
+
+    def forward(self, x_BSD: Tensor, w_VD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, V)."""
+        return F.linear(x_BSD, w_VD)
 
 
 class DecoderLayer(nn.Module):

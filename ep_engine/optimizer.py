@@ -57,15 +57,15 @@ def learning_rate(train: TrainSection, step: int) -> float:
 
 
 def sum_over_ranks(loss: Tensor, model: Decoder, group: dist.ProcessGroup) -> tuple[float, float]:
-    """The loss and the gradient norm of all ranks: each weight's gradient lies on exactly one of them.
+    """The loss and the gradient norm of all ranks.
 
     Args:
         loss: this rank's share of the loss, a scalar.
         model: after the backward pass.
         group: all ranks.
     """
-    grads = [_local(p.grad) for p in model.parameters() if p.grad is not None]
-    squares = torch.stack([grad.float().square().sum() for grad in grads]).sum()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    squares = torch.stack([_local(grad).float().square().sum() / _copies(grad) for grad in grads]).sum()
     both = torch.stack((loss.detach().float(), squares))
     dist.all_reduce(both, group=group)
     total, square = both.tolist()
@@ -78,6 +78,13 @@ def clip_gradients(model: Decoder, norm: float, largest: float) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
                 _local(parameter.grad).mul_(largest / norm)
+
+
+def _copies(tensor: Tensor) -> int:
+    """Ranks that hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    return math.prod(tensor.device_mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_replicate())
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,14 +1,28 @@
-"""Joins a model and the meshes: experts over ep, dense weights over dp, experts' copies over edp. The only place.
+"""Joins a model and the meshes: experts over ep, dense weights over tp and dp, experts' copies over edp.
 
-The model is single-device code and stays so; this file gives its MoE layers their site and transport, and shards its
-weights with FSDP2.
+The model is single-device code and stays so; this file gives its MoE layers their site and transport, splits its
+matrices with DTensor, and shards its weights with FSDP2.
+
+With tp > 1 the residual stream is split along the sequence (arXiv:2205.05198): a rank norms, routes and dispatches its
+own part of every row. What does so has whole weights and gradients from tokens of its own, so it is sharded over all
+ranks, like the weights of a data-parallel model.
 """
 
 from dataclasses import replace
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from ep_engine.checkpoint import Shard, module_entries
 from ep_engine.config import MoESection
@@ -16,7 +30,7 @@ from ep_engine.connect import connect
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
 from ep_engine.message import Message
-from ep_engine.model import Decoder
+from ep_engine.model import Decoder, RMSNorm
 from ep_engine.model_config import ModelConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
@@ -77,6 +91,8 @@ def build(
                 site = Site.of(placement, i, cut, ep_mesh.get_local_rank(), one_row_per_copy=per_copy)
                 links = connection.links(ledger, i)
                 moe.join(site, *links, fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
+    if meshes.dense["tp"].size() > 1:
+        _split(model, meshes.dense["tp"])
     _shard(model, meshes, dtype, reshard_after_forward)
     model.to_empty(device=device)
     return model, ledger
@@ -90,16 +106,42 @@ def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, ep_s
     return ep_size * max(tokens, travel.fixed_rows or 0) * rows_of_token * message.num_bytes
 
 
+def _split(model: Decoder, tp: DeviceMesh) -> None:
+    """Megatron's tensor and sequence parallelism (arXiv:1909.08053, arXiv:2205.05198), vocabulary included."""
+    sequence, whole = Split(1), Replicate()
+    plan: dict[str, ParallelStyle] = {
+        "embed": RowwiseParallel(input_layouts=whole, output_layouts=sequence),
+        "unembed": PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None)),
+    }
+    for i, layer in enumerate(model.layers):
+        at = f"layers.{i}.attention"
+        plan[at] = PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None))
+        plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_q", "w_k", "w_v")}
+        plan[f"{at}.w_o"] = RowwiseParallel(output_layouts=sequence)
+        if not layer.is_moe:
+            at = f"layers.{i}.ffn"
+            plan[at] = PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,))
+            plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_gate", "w_up")}
+            plan[f"{at}.w_down"] = RowwiseParallel(output_layouts=sequence)
+    parallelize_module(model, tp, plan)
+    if model.head is not None:
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, tp, [Split(0)]))
+
+
 def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) -> None:
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Rows come in the dtype of computation, and their weights are to stay in float32.
+    uncast = replace(compute, cast_forward_inputs=False)
+    # By itself: cast with the rest of its layer, the router's weights would be rounded.
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+    split = meshes.dense["tp"].size() > 1
     for moe in model.moe_layers().values():
-        # Rows come in the dtype of computation, and their weights are to stay in float32.
-        uncast = replace(compute, cast_forward_inputs=False)
         fully_shard(moe.experts, mesh=meshes.experts["edp"], mp_policy=uncast, reshard_after_forward=reshard)
-        if dtype != torch.float32:
-            # By itself: cast with the rest of its layer, its weights would be rounded.
-            exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(moe.router, mesh=meshes.dense["dp"], mp_policy=exact, reshard_after_forward=reshard)
+        if dtype != torch.float32 or split:
+            fully_shard(moe.router, mesh=meshes.flat, mp_policy=exact, reshard_after_forward=reshard)
+    if split:
+        for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
+            fully_shard(norm, mesh=meshes.flat, mp_policy=compute, reshard_after_forward=reshard)
     for layer in model.layers:
         fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=reshard)
     fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)

@@ -64,6 +64,7 @@ def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         _check_apart(config)
     checkpoint = resume or config.model.checkpoint
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
+    _check_split(config, model)
     placement = _placement(config, model)
     if placement is not None:
         _check_transport(config, placement, ranks_per_node or world_size)
@@ -79,23 +80,46 @@ def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
 
 
 def _check_ranks(config: RunConfig, world_size: int) -> None:
-    dp, ep = config.parallel.data_parallel_size or world_size, config.parallel.expert_parallel_size
-    if dp != world_size:
+    parallel = config.parallel
+    tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
+    if world_size % tp:
         raise UserError(
-            f"parallel.data_parallel_size ({dp}) needs {dp} ranks, but the job has {world_size} (WORLD_SIZE); start "
-            f"torchrun with {dp}, or leave the key out"
+            f"parallel.tensor_parallel_size ({tp}) must divide the {world_size} ranks of the job (WORLD_SIZE); choose "
+            "another number of ranks"
         )
-    if dp % ep:
+    dp = parallel.data_parallel_size or world_size // tp
+    if dp * tp != world_size:
+        times = f" times parallel.tensor_parallel_size ({tp})" if tp > 1 else ""
         raise UserError(
-            f"parallel.expert_parallel_size ({ep}) must divide the {dp} ranks of the job (WORLD_SIZE); choose another "
-            "number of ranks"
+            f"parallel.data_parallel_size ({dp}){times} needs {dp * tp} ranks, but the job has {world_size} "
+            f"(WORLD_SIZE); start torchrun with {dp * tp}, or leave the key out"
+        )
+    if world_size % ep:
+        raise UserError(
+            f"parallel.expert_parallel_size ({ep}) must divide the {world_size} ranks of the job (WORLD_SIZE); choose "
+            "another number of ranks"
         )
     parts = config.train.micro_batches
     if config.data.batch_size % (dp * parts):
         times = f" times train.micro_batches ({parts})" if parts > 1 else ""
         raise UserError(
-            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks of the job{times}"
+            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks that share it{times}"
         )
+
+
+def _check_split(config: RunConfig, model: ModelConfig) -> None:
+    """Whether tensor parallelism can cut everything evenly."""
+    tp = config.parallel.tensor_parallel_size
+    cut = {
+        "data.sequence_length": config.data.sequence_length,
+        "the model's number of heads": model.num_heads,
+        "the model's number of key/value heads": model.num_kv_heads,
+        "the model's vocabulary": model.vocab_size,
+        "the model's intermediate size": model.intermediate_size if model.moe is None else tp,
+    }
+    for name, size in cut.items():
+        if size % tp:
+            raise UserError(f"parallel.tensor_parallel_size ({tp}) must divide {name} ({size}); choose a smaller one")
 
 
 def _check_apart(config: RunConfig) -> None:

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from ep_engine import checkpoint, ops
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import Fault, UserError
-from ep_engine.evaluate import Evaluation, evaluate
+from ep_engine.evaluate import Evaluation, entropy_sum, evaluate
 from ep_engine.initial import initialise
 from ep_engine.ledger import Ledger
 from ep_engine.load_balance import load_balance_loss
@@ -78,7 +78,8 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
     torch.manual_seed(run.config.train.seed)
     parallel = run.config.parallel
     device = world.pick_device(parallel.device)
-    with process_groups(world, device, parallel.expert_parallel_size, parallel.timeout_s) as meshes:
+    ep_size, tp_size = parallel.expert_parallel_size, parallel.tensor_parallel_size
+    with process_groups(world, device, ep_size, parallel.timeout_s, tp_size=tp_size) as meshes:
         trainer = Trainer(run, meshes, device)
         summary = trainer.run_steps(report if world.rank == 0 else lambda _: None)
         dist.barrier()
@@ -101,8 +102,13 @@ class Trainer:
     def __init__(self, run: Run, meshes: Meshes, device: torch.device) -> None:
         self.run, self.device = run, device
         self.config: RunConfig = run.config
-        self.group: dist.ProcessGroup = meshes.dense.get_group()
+        self.group: dist.ProcessGroup = meshes.flat.get_group()
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.dp_rank, self.dp_size, self.tp_size = (
+            meshes.dense["dp"].get_local_rank(),
+            meshes.dense["dp"].size(),
+            meshes.dense["tp"].size(),
+        )
         self.model: Decoder
         self.model, self.ledger = build(
             run.model,
@@ -112,7 +118,7 @@ class Trainer:
             dtype=getattr(torch, self.config.train.dtype),
             travel=self.config.moe,
             reshard_after_forward=self.config.parallel.reshard_after_forward,
-            tokens=self.config.data.batch_size // self.num_ranks * self.config.data.sequence_length,
+            tokens=self.config.data.batch_size * self.config.data.sequence_length // self.num_ranks,
             timeout_s=self.config.parallel.timeout_s,
         )
         self.model.recompute(self.config.train.recompute)
@@ -174,7 +180,7 @@ class Trainer:
         except RuntimeError as error:
             if isinstance(error, Fault) or not _BACKENDS.search(str(error)):
                 raise
-            raise lost_peer(error, self.group, "dp", where) from error
+            raise lost_peer(error, self.group, "world", where) from error
 
     def _one_step(self, window: _Window) -> None:
         train = self.config.train
@@ -203,7 +209,7 @@ class Trainer:
         train = self.config.train
         try:
             inputs_BS, targets_BS = self.batches.batch(
-                self.step * train.micro_batches + part, self.rank, self.num_ranks
+                self.step * train.micro_batches + part, self.dp_rank, self.dp_size
             )
         except UserError as error:  # text that only this rank has read: not said before the start, nor by all
             raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
@@ -211,20 +217,19 @@ class Trainer:
         self.model.set_requires_gradient_sync(part == train.micro_batches - 1)  # type: ignore[operator]  # FSDP2's
         output = self.model(inputs_BS.to(self.device))
         # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
-        targets_T = targets_BS.to(self.device).flatten()
-        entropy = F.cross_entropy(output.logits.flatten(0, 1).float(), targets_T, reduction="sum")
-        share = entropy / self.tokens_per_step
+        share = entropy_sum(output.logits, targets_BS.to(self.device)) / self.tokens_per_step
         loss = share
         if output.routers and train.load_balance > 0:
             balance = load_balance_loss(output.routers, self.tokens_per_step // train.micro_batches, self.group)
             loss = share + train.load_balance / train.micro_batches * balance
-        loss.backward()
+        with loss_parallel():
+            loss.backward()
         if output.routers:
             load_LE = torch.stack([router.load_E for router in output.routers])
             window.load_LE = load_LE if window.load_LE is None else window.load_LE + load_LE
             for pairs_EE, router in zip(self.pairs_LEE, output.routers, strict=True):
                 ops.count_pairs(router.ids_TK, pairs_EE)
-        return share.detach()
+        return share.detach() / self.tp_size  # ranks of a tp group have the same
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
@@ -296,10 +301,10 @@ class Trainer:
             sequence_length=data.sequence_length,
             batch_size=data.batch_size,
             num_batches=data.heldout_batches,
-            rank=self.rank,
-            num_ranks=self.num_ranks,
+            rank=self.dp_rank,
+            num_ranks=self.dp_size,
         )
-        return evaluate(self.model, batches, self.device, self.group)
+        return evaluate(self.model, batches, self.device, self.group, sharing=self.tp_size)
 
     def _save(self, folder: Path) -> None:
         entries = {**entries_of(self.model), **moment_entries(self.model, self.optimizer)}

@@ -41,11 +41,31 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.expert_parallel_size=16", "data.batch_size=16"),
         r"^parallel\.expert_parallel_size \(16\) is larger than the model's number of experts \(8\): every rank must",
     ),
-    "uneven batch": (3, (), r"^data\.batch_size \(8\) must be a multiple of the 3 ranks of the job"),
+    "tp does not divide the ranks": (
+        3,
+        ("parallel.tensor_parallel_size=2", "data.batch_size=6"),
+        r"^parallel\.tensor_parallel_size \(2\) must divide the 3 ranks of the job \(WORLD_SIZE\); choose another",
+    ),
+    "other number of ranks times tp": (
+        4,
+        ("parallel.data_parallel_size=4", "parallel.tensor_parallel_size=2"),
+        r"^parallel\.data_parallel_size \(4\) times parallel\.tensor_parallel_size \(2\) needs 8 ranks, but the job",
+    ),
+    "more tp than key/value heads": (
+        4,
+        ("parallel.tensor_parallel_size=4",),
+        r"^parallel\.tensor_parallel_size \(4\) must divide the model's number of key/value heads \(2\); choose",
+    ),
+    "tp does not divide the sequence": (
+        2,
+        ("parallel.tensor_parallel_size=2", "data.sequence_length=15"),
+        r"^parallel\.tensor_parallel_size \(2\) must divide data\.sequence_length \(15\); choose a smaller one$",
+    ),
+    "uneven batch": (3, (), r"^data\.batch_size \(8\) must be a multiple of the 3 ranks that share it$"),
     "uneven parts": (
         2,
         ("train.micro_batches=3",),
-        r"^data\.batch_size \(8\) must be a multiple of the 2 ranks of the job times train\.micro_batches \(3\)$",
+        r"^data\.batch_size \(8\) must be a multiple of the 2 ranks that share it times train\.micro_batches \(3\)$",
     ),
     "nothing to resume": (
         1,

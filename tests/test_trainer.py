@@ -85,6 +85,15 @@ LAYOUTS: dict[str, tuple[int, int, str, dict[str, dict[str, Any]]]] = {
     "edp2 ep2 in parts": (4, 2, "topk", {"train": {"micro_batches": 2}}),
     "ep2 in parts": (2, 2, "c2r", {"train": {"micro_batches": 4}}),
     "ep4": (4, 4, "topk", {}),
+    "tp2": (2, 1, "topk", {"parallel": {"tensor_parallel_size": 2}}),
+    "tp2 ep2": (2, 2, "c2r", {"parallel": {"tensor_parallel_size": 2}}),
+    "tp2 dp2 ep4": (4, 4, "topk", {"parallel": {"tensor_parallel_size": 2}}),
+    "tp2 dp2 ep2, weights gathered again": (
+        4,
+        2,
+        "topk",
+        {"parallel": {"tensor_parallel_size": 2, "reshard_after_forward": True}, "train": {"micro_batches": 2}},
+    ),
 }
 
 
@@ -175,20 +184,32 @@ def test_resuming_in_the_same_layout_gives_the_same_bits(folder: Path) -> None:
     assert losses(again)[-3:] == losses(whole)[-3:]
 
 
-def test_resuming_in_another_layout_goes_on_with_the_same_losses(folder: Path) -> None:
-    whole = small_run(folder, "one-layout", **moe_sections(folder), train={"steps": 8, "save_every": 4})
+# Ranks and sizes of a run, and of the one that goes on with it.
+MOVES = {
+    "one process to ep4": ((1, {}), (4, {"expert_parallel_size": 4})),
+    "tp2 x ep2 to one process": ((2, {"tensor_parallel_size": 2, "expert_parallel_size": 2}), (1, {})),
+    "edp2 x ep2 to tp2 x dp2 x ep4": (
+        (4, {"expert_parallel_size": 2}),
+        (4, {"tensor_parallel_size": 2, "expert_parallel_size": 4}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_resuming_in_another_layout_goes_on_with_the_same_losses(name: str, folder: Path) -> None:
+    at = folder / name.replace(" ", "-")
+    whole = small_run(folder, f"{at.name}-whole", **moe_sections(folder), train={"steps": 8, "save_every": 4})
     train_here(whole)
-    start = small_run(folder, "moved", **moe_sections(folder), train={"steps": 8, "save_every": 4})
-    train_here(start)
-    (folder / "moved/checkpoints/step_000008").rename(folder / "moved-away")
-    parallel = {"expert_parallel_size": 4}
-    config = small_run(
-        folder, "moved", **moe_sections(folder, parallel=parallel), train={"steps": 8}, output={"resume": True}
-    )
-    run_ranks(_train, config, world_size=4)
+    for i, (world_size, parallel) in enumerate(MOVES[name]):
+        sections = moe_sections(folder, parallel=parallel)
+        train = {"steps": 8, "save_every": 4}
+        config = small_run(folder, at.name, **sections, train=train, output={"resume": i == 1})
+        run_ranks(_train, config, world_size=world_size)
+        if i == 0:
+            (at / "checkpoints/step_000008").rename(folder / f"{at.name}-away")
     assert losses(config) == pytest.approx(losses(whole), rel=1e-5)  # every step once
-    assert json.loads((folder / "moved/summary.json").read_text())["first_step"] == 4
-    assert sorted(path.name for path in (folder / "moved").glob("*.toml")) == ["run.from-4.toml", "run.toml"]
+    assert json.loads((at / "summary.json").read_text())["first_step"] == 4
+    assert sorted(path.name for path in at.glob("*.toml")) == ["run.from-4.toml", "run.toml"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(folder: Path) -> None:
@@ -217,7 +238,7 @@ class DyingTokens(TokenFile):
 def test_a_rank_that_dies_is_a_fault_on_the_others(folder: Path) -> None:
     config = small_run(folder, "dying", train={"steps": 6})
     run_ranks(_lose_a_rank, config, folder, world_size=2)
-    assert (folder / "sentence").read_text().startswith("rank 0 of 2 in group dp: step 3 did not finish (")
+    assert (folder / "sentence").read_text().startswith("rank 0 of 2 in group world: step 3 did not finish (")
 
 
 def _lose_a_rank(rank: int, world_size: int, config: RunConfig, folder: Path) -> None:
