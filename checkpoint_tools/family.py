@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from checkpoint_tools import rope
-from ep_engine.checkpoint import expected_entries
+from ep_engine.entries import expected_entries
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, first_sentence
 

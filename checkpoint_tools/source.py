@@ -12,7 +12,8 @@ from torch import Tensor
 from checkpoint_tools.families import family_of_config
 from checkpoint_tools.family import Family
 from checkpoint_tools.hf_directory import HFDirectory, open_hf_directory, read_json
-from ep_engine.checkpoint import expected_entries, read_model
+from ep_engine.checkpoint import read_model
+from ep_engine.entries import expected_entries
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig
 

@@ -126,7 +126,7 @@ class TrainSection(_Section):
 
 
 class ParallelSection(_Section):
-    """How ranks share the work. Experts live on an (edp, ep) grid over the same ranks as (dp, tp)."""
+    """How ranks share the work. Experts live on an (edp, ep, etp) grid over the same ranks as (dp, tp)."""
 
     data_parallel_size: int | None = Field(None, ge=1)
     """groups of ranks that share the batch, and the dense weights [ranks / tensor_parallel_size]"""
@@ -134,6 +134,8 @@ class ParallelSection(_Section):
     """ranks that split the matrices outside of the experts, the vocabulary, and the sequence"""
     expert_parallel_size: int = Field(1, ge=1)
     """ranks that share the experts of a layer; divides the ranks of the job"""
+    expert_tensor_parallel_size: int = Field(1, ge=1)
+    """ranks that split each expert along its hidden width; times expert_parallel_size, divides the ranks of the job"""
     reshard_after_forward: bool = False
     """gather weights again for the backward (ZeRO-3) instead of keeping them (ZeRO-2)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -51,7 +51,7 @@ def connect(
         name: one of these; `resolve` has checked that the ranks allow it.
         meshes: the ranks.
         device: where messages lie.
-        cut: of the placement's tree by the group.
+        cut: of the placement's tree by the group, in parts where experts are split.
         timeout_s: a rank that hears nothing from another for so long fails.
         one_hop: `auto` does not choose hierarchical.
         largest_exchange: bytes that a rank can be sent at once, for cuda_ipc.
@@ -59,7 +59,7 @@ def connect(
     Raises:
         Fault: on every rank, if ranks of one machine cannot share memory.
     """
-    group = meshes.experts["ep"].get_group()
+    group = meshes.dispatch
     tiers = meshes.ep_tiers()
     if dist.get_world_size(group) == 1:
         return Connection(((Alone(), tiers),))

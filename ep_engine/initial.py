@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ep_engine.checkpoint import Shard, expected_entries
+from ep_engine.entries import Shard, expected_entries
 from ep_engine.model_config import ModelConfig
 
 
@@ -13,7 +13,7 @@ def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> 
     """Fill a model's entries in place: norms with 1, biases with 0, the rest from N(0, initializer_range^2).
 
     Args:
-        entries: what this rank holds, from `checkpoint.module_entries`.
+        entries: what this rank holds, from `entries.module_entries`.
         config: the model; `expected_entries` gives the shape of each entry.
         seed: of all streams.
     """

@@ -1,8 +1,8 @@
 """Ranks and their grids: what torchrun says, and the two meshes over the same ranks.
 
-    dense weights and the batch:  (dp, tp)        experts:  (edp, ep),  edp * ep = dp * tp
+    dense weights and the batch:  (dp, tp)        experts:  (edp, ep, etp),  edp * ep * etp = dp * tp
 
-Ranks that follow each other are neighbours in tp, and in ep. The only place that makes process groups.
+Ranks that follow each other are neighbours in tp, and in etp. The only place that makes process groups.
 """
 
 import os
@@ -64,32 +64,34 @@ class Meshes:
     """The two grids over the ranks of a job."""
 
     dense: DeviceMesh  # ("dp", "tp")
-    experts: DeviceMesh  # ("edp", "ep")
+    experts: DeviceMesh  # ("edp", "ep", "etp")
+    dispatch: dist.ProcessGroup  # ep x etp: the ranks among which a token's experts lie
     flat: DeviceMesh  # ("all",): every rank, for what each rank does on tokens of its own
     node_of_rank: list[int]  # [world size]
-    ep_inside: dist.ProcessGroup | None  # the ranks of this rank's expert-parallel group on its node, and
+    ep_inside: dist.ProcessGroup | None  # the ranks of `dispatch` on this rank's node, and
     ep_across: dist.ProcessGroup | None  # its peers on the other nodes; None: one node, or nodes with unequal parts
 
     def ep_tiers(self) -> list[str]:
-        """Link tier from this rank to every rank of its expert-parallel group: self, node or network."""
+        """Link tier from this rank to every rank that its tokens may go to: self, node or network."""
         own = dist.get_rank()
-        ranks = dist.get_process_group_ranks(self.experts["ep"].get_group())
+        ranks = dist.get_process_group_ranks(self.dispatch)
         node = self.node_of_rank
         return ["self" if r == own else "node" if node[r] == node[own] else "network" for r in ranks]
 
 
 @contextmanager
 def process_groups(
-    world: World, device: torch.device, ep_size: int, timeout_s: float, *, tp_size: int = 1
+    world: World, device: torch.device, ep_size: int, timeout_s: float, *, tp_size: int = 1, etp_size: int = 1
 ) -> Iterator[Meshes]:
     """Join the other ranks, make the meshes, and leave at the end; a program that has joined already stays joined.
 
     Args:
-        world: from torchrun; its size is a multiple of `ep_size` and of `tp_size`.
+        world: from torchrun; its size is a multiple of `ep_size * etp_size` and of `tp_size`.
         device: where this rank computes.
-        ep_size: ranks of an expert-parallel group; the ranks of one group have consecutive numbers.
+        ep_size: of the ranks or groups of `etp_size` ranks that share the experts; they have consecutive numbers.
         timeout_s: a rank that hears nothing from another for so long fails.
         tp_size: ranks that share one batch row and split its sequence; consecutive too.
+        etp_size: ranks that split each expert; consecutive too.
     """
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -103,25 +105,30 @@ def process_groups(
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield _make_meshes(world, device, ep_size, tp_size, timeout)
+        yield _make_meshes(world, device, (ep_size, etp_size), tp_size, timeout)
     finally:
         if not joined:
             dist.destroy_process_group()
 
 
-def _make_meshes(world: World, device: torch.device, ep_size: int, tp_size: int, timeout: timedelta) -> Meshes:
+def _make_meshes(
+    world: World, device: torch.device, of_experts: tuple[int, int], tp_size: int, timeout: timedelta
+) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
     nodes: list[int] = [0] * world.size
     dist.all_gather_object(nodes, world.node)
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
     flat = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("all",))
-    experts, dense = torch.arange(world.size).view(-1, ep_size), torch.arange(world.size).view(-1, tp_size)
+    experts, dense = torch.arange(world.size).view(-1, *of_experts), torch.arange(world.size).view(-1, tp_size)
+    dispatch = experts.flatten(1)
     axes = {
-        "edp": experts.t().tolist(),
-        "ep": experts.tolist(),
+        "edp": dispatch.t().tolist(),
+        "ep": experts.transpose(1, 2).flatten(0, 1).tolist(),
+        "etp": experts.flatten(0, 1).tolist(),
+        "dispatch": dispatch.tolist(),
         "dp": dense.t().tolist(),
         "tp": dense.tolist(),
-        **_split_by_node(experts.tolist(), nodes),
+        **_split_by_node(dispatch.tolist(), nodes),
     }
     own: dict[str, dist.ProcessGroup] = {}
     for axis, groups in axes.items():
@@ -134,7 +141,13 @@ def _make_meshes(world: World, device: torch.device, ep_size: int, tp_size: int,
         return DeviceMesh.from_group([own[name] for name in names], device.type, mesh=grid, mesh_dim_names=names)
 
     return Meshes(
-        mesh(dense, "dp", "tp"), mesh(experts, "edp", "ep"), flat, nodes, own.get("ep_inside"), own.get("ep_across")
+        dense=mesh(dense, "dp", "tp"),
+        experts=mesh(experts, "edp", "ep", "etp"),
+        dispatch=own["dispatch"],
+        flat=flat,
+        node_of_rank=nodes,
+        ep_inside=own.get("ep_inside"),
+        ep_across=own.get("ep_across"),
     )
 
 

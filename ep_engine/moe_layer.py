@@ -42,7 +42,10 @@ class MoELayer(nn.Module):
         self.site, self.ledger, self.fp8 = site, links[0].ledger, fp8
         self.way = way_to(site, links, fixed_rows)
         self.experts = Experts(
-            site.slots_per_rank, self.hidden_size, self.moe.expert_hidden_size, site.cut.group_sizes_of_slots
+            site.slots_per_rank,
+            self.hidden_size,
+            self.moe.expert_hidden_size // site.parts,
+            site.cut.group_sizes_of_slots,
         )
 
     def forward(self, x_TD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics]:
@@ -52,10 +55,11 @@ class MoELayer(nn.Module):
         """
         again = bool(chosen)
         routing = self.router(x_TD, chosen[0] if chosen else None)
-        plan = make_plan(routing.ids_TK, self.way[0])
-        rows_RD, weights_RW, arrival = dispatch(x_TD, routing.weights_TK, plan, self.way, fp8=self.fp8)
+        ids_TK, weights_TK = self.site.in_parts(routing.ids_TK, routing.weights_TK)
+        plan = make_plan(ids_TK, self.way[0])
+        rows_RD, weights_RW, arrival = dispatch(x_TD, weights_TK, plan, self.way, fp8=self.fp8)
         if not again:
-            record(routing.ids_TK, self.site, arrival.plans)
+            record(ids_TK, self.site, arrival.plans)
         if chosen == []:
             chosen.append(routing.ids_TK)
         z_RD = self.experts(rows_RD, weights_RW, arrival)

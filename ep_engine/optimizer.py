@@ -5,10 +5,11 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ep_engine.checkpoint import Shard
 from ep_engine.config import TrainSection
+from ep_engine.entries import Shard
 from ep_engine.model import Decoder
 from ep_engine.parallelize import entries_of
 
@@ -32,12 +33,12 @@ def make_optimizer(model: Decoder, train: TrainSection) -> torch.optim.AdamW:
     return optimizer
 
 
-def moment_entries(model: Decoder, optimizer: torch.optim.AdamW) -> dict[str, Shard]:
-    """Checkpoint entries of both moments, `exp_avg/<entry of the weight>` and `exp_avg_sq/...`."""
+def moment_entries(model: Decoder, optimizer: torch.optim.AdamW, *, etp: DeviceMesh | None = None) -> dict[str, Shard]:
+    """Checkpoint entries of both moments, `exp_avg/<entry of the weight>` and `exp_avg_sq/...`; see `entries_of`."""
     entries: dict[str, Shard] = {}
     for moment in _MOMENTS:
         tensors = {name: optimizer.state[p][moment] for name, p in model.named_parameters()}
-        entries |= entries_of(model, tensors, f"{moment}/")
+        entries |= entries_of(model, tensors, f"{moment}/", etp=etp)
     return entries
 
 

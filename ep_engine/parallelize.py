@@ -11,6 +11,7 @@ ranks, like the weights of a data-parallel model.
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -24,9 +25,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ep_engine.checkpoint import Shard, module_entries
 from ep_engine.config import MoESection
 from ep_engine.connect import connect
+from ep_engine.entries import Shard, module_entries
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
 from ep_engine.message import Message
@@ -68,27 +69,28 @@ def build(
     Returns:
         The model, and the ledger in which its layers write.
     """
-    ep_mesh = meshes.experts["ep"]
+    etp = meshes.experts["etp"].size()
     ledger = Ledger(meshes.ep_tiers())
     connection = None
     if config.moe is not None:
         assert placement is not None, "a MoE model has a placement"
-        cut = placement.cut(ep_mesh.size())
+        cut = placement.cut(meshes.experts["ep"].size())
         connection = connect(
             travel.transport,
             meshes,
             device,
-            cut,
+            cut.in_parts(etp),
             timeout_s,
             one_hop=travel.fixed_rows is not None,
-            largest_exchange=_largest_exchange(config, travel, tokens, ep_mesh.size()),
+            largest_exchange=_largest_exchange(config, travel, tokens, meshes.dispatch.size(), etp),
         )
     with torch.device("meta"):
         model = Decoder(config)
         if connection is not None and placement is not None:
             for i, moe in model.moe_layers().items():
                 per_copy = travel.combine == "per_expert"
-                site = Site.of(placement, i, cut, ep_mesh.get_local_rank(), one_row_per_copy=per_copy)
+                rank = dist.get_rank(meshes.dispatch)
+                site = Site.of(placement, i, cut, rank, one_row_per_copy=per_copy, parts=etp)
                 links = connection.links(ledger, i)
                 moe.join(site, *links, fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
     if meshes.dense["tp"].size() > 1:
@@ -98,12 +100,12 @@ def build(
     return model, ledger
 
 
-def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, ep_size: int) -> int:
+def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, num_ranks: int, parts: int) -> int:
     """Bytes that a rank is sent if all tokens of its group come to it."""
     assert config.moe is not None, "the caller has asked"
     rows_of_token = config.moe.top_k if travel.combine == "per_expert" else 1
-    message = Message(config.hidden_size, torch.float32, 2 * config.moe.top_k)
-    return ep_size * max(tokens, travel.fixed_rows or 0) * rows_of_token * message.num_bytes
+    message = Message(config.hidden_size, torch.float32, 2 * config.moe.top_k * parts)
+    return num_ranks * max(tokens, travel.fixed_rows or 0) * rows_of_token * message.num_bytes
 
 
 def _split(model: Decoder, tp: DeviceMesh) -> None:
@@ -152,8 +154,13 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
             module.set_force_sum_reduction_for_comms(True)
 
 
-def entries_of(model: Decoder, tensors: dict[str, DTensor] | None = None, prefix: str = "") -> dict[str, Shard]:
-    """Checkpoint entries of this rank's weights, or of tensors that lie as they do (moments), under `prefix`."""
+def entries_of(
+    model: Decoder, tensors: dict[str, DTensor] | None = None, prefix: str = "", *, etp: DeviceMesh | None = None
+) -> dict[str, Shard]:
+    """Checkpoint entries of this rank's weights, or of tensors that lie as they do (moments), under `prefix`.
+
+    `etp` is the mesh of the ranks that split each expert; None: they are whole.
+    """
     named = dict(model.named_parameters()) if tensors is None else tensors
     expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in model.moe_layers().items()}
-    return module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids)
+    return module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, etp)

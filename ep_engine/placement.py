@@ -8,7 +8,7 @@ Letters:  E experts   D devices   S = ceil(E / D) slots of one device   P ranks 
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -134,6 +134,13 @@ class Cut:
     slots_per_rank: int
     group_sizes_of_slots: list[int]  # slots of a group at each level inside a rank, innermost (one device) first
     group_sizes_of_ranks: list[int]  # ranks of a group at each level above the ranks, innermost first
+
+    def in_parts(self, parts: int) -> "Cut":
+        """The same where as many ranks share the experts of one, each with a part of every expert."""
+        if parts == 1:
+            return self
+        sizes = [parts, *(parts * size for size in self.group_sizes_of_ranks if size > 1)]
+        return replace(self, ep_size=parts * self.ep_size, group_sizes_of_ranks=sizes)
 
 
 def read_placement(path: Path) -> Placement:

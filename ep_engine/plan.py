@@ -26,17 +26,26 @@ from ep_engine.transport import Link
 
 @dataclass(frozen=True)
 class Site:
-    """One layer's part of a placement, seen from one rank of its expert-parallel group."""
+    """One layer's part of a placement, seen from one rank of its expert-parallel group.
+
+    An expert may be split along its hidden width into parts on neighbouring ranks, whose outputs add up: then a part is
+    what is chosen, planned and dispatched, and its id is expert * parts + part.
+    """
 
     cut: Cut
     rank: int
-    slot_of_expert: list[int]  # [E], in [0, P * slots_per_rank)
+    slot_of_expert: list[int]  # [E * parts], in [0, P * slots_per_rank)
     one_row_per_copy: bool = False  # send a row per copy and sum at the token's home, in the order of expert ids
+    parts: int = 1
 
     @classmethod
-    def of(cls, placement: Placement, layer: int, cut: Cut, rank: int, *, one_row_per_copy: bool = False) -> "Site":
-        """The site of `layer` on `rank` of a group that cuts the placement's tree."""
-        return cls(cut, rank, placement.slot_of_expert(layer), one_row_per_copy)
+    def of(
+        cls, placement: Placement, layer: int, cut: Cut, rank: int, *, one_row_per_copy: bool = False, parts: int = 1
+    ) -> "Site":
+        """The site of `layer` on `rank` of a group that cuts the placement's tree, each cut shared by `parts` ranks."""
+        slots, per_rank = placement.slot_of_expert(layer), cut.slots_per_rank
+        of_part = [(s // per_rank * parts + part) * per_rank + s % per_rank for s in slots for part in range(parts)]
+        return cls(cut.in_parts(parts), rank, of_part, one_row_per_copy, parts)
 
     @property
     def slots_per_rank(self) -> int:
@@ -46,8 +55,15 @@ class Site:
     def experts_here(self) -> list[int]:
         """[L]: the logical expert in every slot of this rank, -1 for an empty one."""
         first = self.rank * self.slots_per_rank
-        held = {slot - first: expert for expert, slot in enumerate(self.slot_of_expert)}
+        held = {slot - first: part // self.parts for part, slot in enumerate(self.slot_of_expert)}
         return [held.get(slot, -1) for slot in range(self.slots_per_rank)]
+
+    def in_parts(self, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Choices of experts -> choices of all their parts, (T, K * parts), each with the weight of its expert."""
+        if self.parts == 1:
+            return ids_TK, weights_TK
+        part_ids = ids_TK.unsqueeze(2) * self.parts + torch.arange(self.parts, device=ids_TK.device)
+        return part_ids.flatten(1), weights_TK.repeat_interleave(self.parts, dim=1)
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,12 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
             f"parallel.data_parallel_size ({dp}){times} needs {dp * tp} ranks, but the job has {world_size} "
             f"(WORLD_SIZE); start torchrun with {dp * tp}, or leave the key out"
         )
-    if world_size % ep:
+    etp = parallel.expert_tensor_parallel_size
+    if world_size % (ep * etp):
+        times = f" times parallel.expert_tensor_parallel_size ({etp})" if etp > 1 else ""
         raise UserError(
-            f"parallel.expert_parallel_size ({ep}) must divide the {world_size} ranks of the job (WORLD_SIZE); choose "
-            "another number of ranks"
+            f"parallel.expert_parallel_size ({ep}){times} must divide the {world_size} ranks of the job (WORLD_SIZE); "
+            "choose another number of ranks"
         )
     parts = config.train.micro_batches
     if config.data.batch_size % (dp * parts):
@@ -187,18 +189,28 @@ def _token_ids(tokenizer: Path | None) -> dict[str, int | None]:
 
 
 def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
-    ep_size = config.parallel.expert_parallel_size
+    ep_size, etp = config.parallel.expert_parallel_size, config.parallel.expert_tensor_parallel_size
     if model.moe is None:
         asked = [name for name in ("moe", "routing") if differing(getattr(config, name))]
-        if ep_size > 1 or asked:
-            what = f"[{asked[0]}]" if asked else f"parallel.expert_parallel_size ({ep_size})"
+        if ep_size * etp > 1 or asked:
+            key, size = ("expert_parallel_size", ep_size) if ep_size > 1 else ("expert_tensor_parallel_size", etp)
+            what = f"[{asked[0]}]" if asked else f"parallel.{key} ({size})"
             raise UserError(f"{what} needs a model with experts, this one is dense; split it first")
         if "load_balance" in differing(config.train):
             raise UserError("train.load_balance has no effect on a dense model; leave it out, or split the model first")
         return None
     num_experts = model.moe.num_experts
-    if model.moe.top_k > MAX_TOP_K:
-        raise UserError(f"moe.top_k of the model ({model.moe.top_k}) must be at most {MAX_TOP_K}; choose fewer experts")
+    if model.moe.top_k * etp > MAX_TOP_K:
+        times = f" times parallel.expert_tensor_parallel_size ({etp})" if etp > 1 else ""
+        raise UserError(
+            f"moe.top_k of the model ({model.moe.top_k}){times} must be at most {MAX_TOP_K}; choose fewer experts"
+            f"{' or parts' if etp > 1 else ''}"
+        )
+    if model.moe.expert_hidden_size % etp:
+        raise UserError(
+            f"parallel.expert_tensor_parallel_size ({etp}) must divide the hidden size of the model's experts "
+            f"({model.moe.expert_hidden_size}); choose a smaller one"
+        )
     if ep_size > num_experts:
         raise UserError(
             f"parallel.expert_parallel_size ({ep_size}) is larger than the model's number of experts ({num_experts}): "
@@ -217,7 +229,8 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
 
 
 def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: int) -> None:
-    name, ep_size = config.moe.transport, config.parallel.expert_parallel_size
+    name, etp = config.moe.transport, config.parallel.expert_tensor_parallel_size
+    ep_size = config.parallel.expert_parallel_size * etp
     if name == "hierarchical" and config.moe.fixed_rows is not None:
         raise UserError(
             f"moe.transport is hierarchical and moe.fixed_rows is {config.moe.fixed_rows}, but what a node passes on "
@@ -245,7 +258,10 @@ def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: in
             f"moe.transport is hierarchical, but parallel.expert_parallel_size ({ep_size}) is no multiple of the "
             f"{ranks_per_node} ranks of a node that is larger; use collective or shared_memory"
         )
-    if name == "hierarchical" and ranks_per_node not in (1, *placement.cut(ep_size).group_sizes_of_ranks):
+    if name == "hierarchical" and ranks_per_node not in (
+        1,
+        *placement.cut(ep_size // etp).in_parts(etp).group_sizes_of_ranks,
+    ):
         raise UserError(
             f"moe.transport is hierarchical, but the {ranks_per_node} ranks of a node are no group of the placement's "
             f"tree {placement.factors}; place again with --nodes {ep_size // ranks_per_node}"

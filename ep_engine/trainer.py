@@ -78,8 +78,15 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
     torch.manual_seed(run.config.train.seed)
     parallel = run.config.parallel
     device = world.pick_device(parallel.device)
-    ep_size, tp_size = parallel.expert_parallel_size, parallel.tensor_parallel_size
-    with process_groups(world, device, ep_size, parallel.timeout_s, tp_size=tp_size) as meshes:
+    groups = process_groups(
+        world,
+        device,
+        parallel.expert_parallel_size,
+        parallel.timeout_s,
+        tp_size=parallel.tensor_parallel_size,
+        etp_size=parallel.expert_tensor_parallel_size,
+    )
+    with groups as meshes:
         trainer = Trainer(run, meshes, device)
         summary = trainer.run_steps(report if world.rank == 0 else lambda _: None)
         dist.barrier()
@@ -109,6 +116,7 @@ class Trainer:
             meshes.dense["dp"].size(),
             meshes.dense["tp"].size(),
         )
+        self.etp = meshes.experts["etp"]
         self.model: Decoder
         self.model, self.ledger = build(
             run.model,
@@ -136,11 +144,11 @@ class Trainer:
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
-        weights = entries_of(self.model)
+        weights = entries_of(self.model, etp=self.etp)
         if self.run.checkpoint is None:
             initialise(weights, self.run.model, self.config.train.seed)
             return 0
-        moments = moment_entries(self.model, self.optimizer) if self.run.resume else {}
+        moments = moment_entries(self.model, self.optimizer, etp=self.etp) if self.run.resume else {}
         kept = checkpoint.load(self.run.checkpoint, {**weights, **moments}, group=self.group)
         step: int = kept["step"] if self.run.resume else 0
         set_step(self.optimizer, step)
@@ -307,7 +315,7 @@ class Trainer:
         return evaluate(self.model, batches, self.device, self.group, sharing=self.tp_size)
 
     def _save(self, folder: Path) -> None:
-        entries = {**entries_of(self.model), **moment_entries(self.model, self.optimizer)}
+        entries = entries_of(self.model, etp=self.etp) | moment_entries(self.model, self.optimizer, etp=self.etp)
         path = folder / "checkpoints" / f"step_{self.step:06}"
         checkpoint.save(
             path,

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ep_engine import checkpoint
+from ep_engine.entries import expected_entries
 from ep_engine.errors import Fault
 from ep_engine.mesh import World, process_groups
 from ep_engine.model import Decoder
@@ -76,7 +77,7 @@ def _check_experts(rank: int, world_size: int, source: Path) -> None:
         parts: list[list[str]] = [[]] * world_size
         dist.all_gather_object(parts, mine)
         everything = [name for part in parts for name in part]
-        expected = [name for name in checkpoint.expected_entries(config) if "experts" in name]
+        expected = [name for name in expected_entries(config) if "experts" in name]
         assert sorted(everything) == sorted(expected)
         assert len(mine) == len(expected) // world_size
 

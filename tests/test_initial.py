@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ep_engine.checkpoint import Shard, expected_entries
+from ep_engine.entries import Shard, expected_entries
 from ep_engine.initial import initialise
 from ep_engine.model_config import ModelConfig, MoEConfig
 

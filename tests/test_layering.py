@@ -16,7 +16,7 @@ ORDER = [
     "selection", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "load_balance", "moe_layer", "model",  # what it is part of
-    "tokens", "corpus", "checkpoint", "initial", "collaboration",  # what it reads and writes
+    "tokens", "corpus", "entries", "checkpoint", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "optimizer", "evaluate", "resolve", "trainer",  # what trains it
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
 ]  # fmt: skip

@@ -61,6 +61,16 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.tensor_parallel_size=2", "data.sequence_length=15"),
         r"^parallel\.tensor_parallel_size \(2\) must divide data\.sequence_length \(15\); choose a smaller one$",
     ),
+    "ep times etp does not divide the ranks": (
+        4,
+        ("parallel.expert_parallel_size=2", "parallel.expert_tensor_parallel_size=4"),
+        r"^parallel\.expert_parallel_size \(2\) times parallel\.expert_tensor_parallel_size \(4\) must divide the",
+    ),
+    "etp does not divide an expert": (
+        4,
+        ("parallel.expert_tensor_parallel_size=4",),
+        r"^parallel\.expert_tensor_parallel_size \(4\) must divide the hidden size of the model's experts \(6\);",
+    ),
     "uneven batch": (3, (), r"^data\.batch_size \(8\) must be a multiple of the 3 ranks that share it$"),
     "uneven parts": (
         2,

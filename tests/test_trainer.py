@@ -85,6 +85,14 @@ LAYOUTS: dict[str, tuple[int, int, str, dict[str, dict[str, Any]]]] = {
     "edp2 ep2 in parts": (4, 2, "topk", {"train": {"micro_batches": 2}}),
     "ep2 in parts": (2, 2, "c2r", {"train": {"micro_batches": 4}}),
     "ep4": (4, 4, "topk", {}),
+    "etp2": (2, 1, "topk", {"parallel": {"expert_tensor_parallel_size": 2}}),
+    "ep2 etp2": (4, 2, "c2r", {"parallel": {"expert_tensor_parallel_size": 2}}),
+    "edp2 etp2 tp2, per expert": (
+        4,
+        1,
+        "topk",
+        {"parallel": {"expert_tensor_parallel_size": 2, "tensor_parallel_size": 2}, "moe": {"combine": "per_expert"}},
+    ),
     "tp2": (2, 1, "topk", {"parallel": {"tensor_parallel_size": 2}}),
     "tp2 ep2": (2, 2, "c2r", {"parallel": {"tensor_parallel_size": 2}}),
     "tp2 dp2 ep4": (4, 4, "topk", {"parallel": {"tensor_parallel_size": 2}}),
@@ -117,7 +125,8 @@ def test_every_layout_gives_the_losses_of_one_process(layout: str, folder: Path)
     assert summaries[1]["heldout_loss"] == pytest.approx(summaries[0]["heldout_loss"], rel=1e-5)
     assert summaries[1]["load_max_over_mean"] == summaries[0]["load_max_over_mean"]
     assert summaries[0]["ledger"]["bytes_per_token"]["total"] == 0
-    assert (summaries[1]["ledger"]["bytes_per_token"]["total"] > 0) == (ep_size > 1)
+    moving = ep_size * parallel.get("expert_tensor_parallel_size", 1) > 1
+    assert (summaries[1]["ledger"]["bytes_per_token"]["total"] > 0) == moving
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -187,6 +196,11 @@ def test_resuming_in_the_same_layout_gives_the_same_bits(folder: Path) -> None:
 # Ranks and sizes of a run, and of the one that goes on with it.
 MOVES = {
     "one process to ep4": ((1, {}), (4, {"expert_parallel_size": 4})),
+    "ep2 x etp2 to tp2 x ep4": (
+        (4, {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+        (4, {"tensor_parallel_size": 2, "expert_parallel_size": 4}),
+    ),
+    "one process to etp2": ((1, {}), (2, {"expert_tensor_parallel_size": 2})),
     "tp2 x ep2 to one process": ((2, {"tensor_parallel_size": 2, "expert_parallel_size": 2}), (1, {})),
     "edp2 x ep2 to tp2 x dp2 x ep4": (
         (4, {"expert_parallel_size": 2}),

@@ -1,0 +1,122 @@
+"""Entries of a checkpoint: their names and shapes, and the parts of them that a rank's tensors are.
+
+A module stacks the experts of its rank, `layers.0.moe.experts.w_down` (L, D, F); on disk each is an entry of its own,
+`layers.0.moe.experts.5.w_down` (D, F), under its logical id, so any expert-parallel size and any placement can read it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ep_engine.model_config import ModelConfig
+
+
+def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight a checkpoint of this model holds."""
+    d, v = config.hidden_size, config.vocab_size
+    entries: dict[str, tuple[int, ...]] = {"embed.weight": (v, d)}
+    for i in range(config.num_layers):
+        at = f"layers.{i}"
+        entries |= {f"{at}.attention_norm.weight": (d,), f"{at}.ffn_norm.weight": (d,)}
+        entries |= _linears(f"{at}.attention", _attention_shapes(config), bias=config.attention_bias)
+        if config.moe is None:
+            f = config.intermediate_size
+            entries |= _linears(f"{at}.ffn", {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}, bias=config.mlp_bias)
+            continue
+        e, f = config.moe.num_experts, config.moe.expert_hidden_size
+        entries[f"{at}.moe.router.w_in"] = (e, d)
+        if config.moe.gate == "mlp":
+            entries[f"{at}.moe.router.w_out"] = (e, e)
+        for expert in range(e):
+            shapes = {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}
+            entries |= {f"{at}.moe.experts.{expert}.{name}": shape for name, shape in shapes.items()}
+    entries["norm.weight"] = (d,)
+    if not config.tie_embeddings:
+        entries["head.weight"] = (v, d)
+    return entries
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {"w_q": (q, d), "w_k": (kv, d), "w_v": (kv, d), "w_o": (d, q)}
+
+
+def _linears(at: str, shapes: Mapping[str, tuple[int, int]], *, bias: bool) -> dict[str, tuple[int, ...]]:
+    entries: dict[str, tuple[int, ...]] = {f"{at}.{name}.weight": shape for name, shape in shapes.items()}
+    return entries | ({f"{at}.{name}.bias": shape[:1] for name, shape in shapes.items()} if bias else {})
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of one entry that this rank holds."""
+
+    tensor: Tensor  # a view of the parameter's local memory: a load writes straight into it
+    saved: Tensor  # what torch.distributed.checkpoint is given: the DTensor, or the same view
+    first: int  # position of its first element in the whole entry
+    pitch: int | None = None  # where it is parts of the rows of the entry: elements from one row to the next
+    is_copy: bool = False  # other ranks hold the same, and one of them speaks for all
+
+
+_STACKED = {"w_gate_up": ("w_gate", "w_up")}  # what a module stacks along the first dim of an expert
+
+
+def module_entries(
+    named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]], etp: DeviceMesh | None = None
+) -> dict[str, Shard]:
+    """Map a module's tensors to checkpoint entries.
+
+    Args:
+        named: (name, tensor) pairs; a tensor may be a DTensor sharded along its first two dims.
+        expert_ids: for each `...experts` module, the logical expert id in each of its rows, -1 for an empty slot.
+        etp: the ranks that split each expert along its hidden width; None: experts are whole.
+    """
+    entries: dict[str, Shard] = {}
+    for name, tensor in named:
+        module, _, leaf = name.rpartition(".")
+        tensor = tensor.detach()  # what is read or written here is no part of a graph
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if module in expert_ids:
+            first_row = _offset(tensor)[0]
+            for row in range(local.shape[0]):
+                expert = expert_ids[module][first_row + row]
+                if expert < 0:
+                    continue
+                parts = _STACKED.get(leaf, (leaf,))
+                for part, of_expert in zip(parts, local[row].chunk(len(parts)), strict=True):
+                    entries[f"{module}.{expert}.{part}"] = _expert_shard(part, of_expert, etp)
+        else:
+            entries[name] = _shard(tensor, local)
+    return entries
+
+
+def _expert_shard(name: str, local: Tensor, etp: DeviceMesh | None) -> Shard:
+    """A matrix of an expert, or the part of its hidden width that is here: columns of w_down, rows of the others."""
+    if etp is None or etp.size() == 1:
+        return Shard(local, local, 0)
+    split = DTensor.from_local(local, etp, [Split(1 if name == "w_down" else 0)], run_check=False)
+    return _shard(split, local)
+
+
+def _shard(tensor: Tensor, local: Tensor) -> Shard:
+    offset, size = _offset(tensor), tensor.shape
+    is_copy = isinstance(tensor, DTensor) and any(
+        placement.is_replicate() and tensor.device_mesh.get_local_rank(dim) > 0
+        for dim, placement in enumerate(tensor.placements)
+    )
+    if tensor.ndim < 2:
+        return Shard(local, tensor, offset[0], is_copy=is_copy)
+    pitch = size[1] if local.shape[1] < size[1] else None
+    return Shard(local, tensor, offset[0] * size[1] + offset[1], pitch, is_copy)
+
+
+def _offset(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's part begins."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return offset
