@@ -40,7 +40,6 @@ def connect(
     meshes: Meshes,
     device: torch.device,
     cut: Cut,
-    timeout_s: float,
     *,
     one_hop: bool = False,
     largest_exchange: int = 0,
@@ -52,7 +51,6 @@ def connect(
         meshes: the ranks.
         device: where messages lie.
         cut: of the placement's tree by the group, in parts where experts are split.
-        timeout_s: a rank that hears nothing from another for so long fails.
         one_hop: `auto` does not choose hierarchical.
         largest_exchange: bytes that a rank can be sent at once, for cuda_ipc.
 
@@ -64,43 +62,41 @@ def connect(
     if dist.get_world_size(group) == 1:
         return Connection(((Alone(), tiers),))
     if name == "auto":
-        return _best(group, meshes, device, timeout_s, hierarchical=not one_hop and _is_cut(meshes, cut))
+        return _best(group, meshes, device, hierarchical=not one_hop and _is_cut(meshes, cut))
     if name == "shared_memory":
-        return Connection(((SharedMemory(group, timeout_s), tiers),))
+        return Connection(((SharedMemory(group, meshes.timeout_s), tiers),))
     if name == "cuda_ipc":
         # Twice, because an exchange may begin before the last has been read.
-        return Connection(((CudaIpc(group, timeout_s, 2 * largest_exchange, device), tiers),))
+        return Connection(((CudaIpc(group, meshes.timeout_s, 2 * largest_exchange, device), tiers),))
     if name == "hierarchical":
-        return _over_nodes(meshes, device, timeout_s)
+        return _over_nodes(meshes, device)
     return Connection(((Collective(group), tiers),))
 
 
-def _best(
-    group: dist.ProcessGroup, meshes: Meshes, device: torch.device, timeout_s: float, *, hierarchical: bool
-) -> Connection:
+def _best(group: dist.ProcessGroup, meshes: Meshes, device: torch.device, *, hierarchical: bool) -> Connection:
     tiers, chosen, why = meshes.ep_tiers(), "collective", "ranks of several nodes, or on GPUs"
     connection = Connection(((Collective(group), tiers),))
     if device.type == "cpu" and "network" not in tiers:
         try:
             connection, chosen, why = (
-                Connection(((SharedMemory(group, timeout_s), tiers),)),
+                Connection(((SharedMemory(group, meshes.timeout_s), tiers),)),
                 "shared_memory",
                 "one node",
             )
         except Fault as fault:  # raised on all ranks or on none
             why = str(fault)
     elif hierarchical:
-        connection, chosen, why = _over_nodes(meshes, device, timeout_s), "hierarchical", "several nodes"
+        connection, chosen, why = _over_nodes(meshes, device), "hierarchical", "several nodes"
     if dist.get_rank() == 0:
         _log.warning("transport of the experts: %s (%s)", chosen, why)
     return connection
 
 
-def _over_nodes(meshes: Meshes, device: torch.device, timeout_s: float) -> Connection:
+def _over_nodes(meshes: Meshes, device: torch.device) -> Connection:
     assert meshes.ep_across is not None, "checked before"
     assert meshes.ep_inside is not None, "checked before"
     across, inside = Collective(meshes.ep_across), meshes.ep_inside
-    near: Transport = SharedMemory(inside, timeout_s) if device.type == "cpu" else Collective(inside)
+    near: Transport = SharedMemory(inside, meshes.timeout_s) if device.type == "cpu" else Collective(inside)
     tiers = ["self" if rank == across.rank else "network" for rank in range(across.size)]
     near_tiers = ["self" if rank == near.rank else "node" for rank in range(near.size)]
     return Connection(((across, tiers), (near, near_tiers)))

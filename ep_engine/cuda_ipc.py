@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ep_engine.regions import Regions
 from ep_engine.shared_control import SharedControl, gathered, refuse_together
-from ep_engine.shared_memory import parts_of, places_of
+from ep_engine.shared_memory import open_in_arenas
 
 
 class CudaIpc:
@@ -64,12 +64,9 @@ class CudaIpc:
         first = self._regions.take(size)
         if first is None:
             raise self._control.no_room(size, where)
-        places = places_of(recv_rows, num_bytes, first, self.rank)
-        recv, send = ([rows * num_bytes for rows in counts] for counts in (recv_rows, send_rows))
         self._ready[self.rank].record()
-        number, destination = self._control.open(places, recv, send, where)
+        number, parts = open_in_arenas(self._control, self._arenas, first, send_rows, recv_rows, num_bytes, where)
         self._wait_for_others(self._ready)
-        parts = parts_of(send_rows, num_bytes, self.rank, self._arenas, destination)
         return _DeviceExchange(self, number, where, slice(first, first + size), num_bytes, parts)
 
     def finish(self, number: int, where: str, region: slice) -> Tensor:

@@ -68,6 +68,7 @@ class Meshes:
     dispatch: dist.ProcessGroup  # ep x etp: the ranks among which a token's experts lie
     flat: DeviceMesh  # ("all",): every rank, for what each rank does on tokens of its own
     node_of_rank: list[int]  # [world size]
+    timeout_s: float  # a rank that hears nothing from another for so long fails
     ep_inside: dist.ProcessGroup | None  # the ranks of `dispatch` on this rank's node, and
     ep_across: dist.ProcessGroup | None  # its peers on the other nodes; None: one node, or nodes with unequal parts
 
@@ -105,14 +106,14 @@ def process_groups(
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield _make_meshes(world, device, (ep_size, etp_size), tp_size, timeout)
+        yield _make_meshes(world, device, (ep_size, etp_size), tp_size, timeout_s)
     finally:
         if not joined:
             dist.destroy_process_group()
 
 
 def _make_meshes(
-    world: World, device: torch.device, of_experts: tuple[int, int], tp_size: int, timeout: timedelta
+    world: World, device: torch.device, of_experts: tuple[int, int], tp_size: int, timeout_s: float
 ) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
     nodes: list[int] = [0] * world.size
@@ -133,7 +134,7 @@ def _make_meshes(
     own: dict[str, dist.ProcessGroup] = {}
     for axis, groups in axes.items():
         for ranks in groups:  # every rank takes part in making every group
-            group = dist.new_group(ranks, timeout=timeout, group_desc=axis)
+            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc=axis)
             if world.rank in ranks:
                 own[axis] = group
 
@@ -146,6 +147,7 @@ def _make_meshes(
         dispatch=own["dispatch"],
         flat=flat,
         node_of_rank=nodes,
+        timeout_s=timeout_s,
         ep_inside=own.get("ep_inside"),
         ep_across=own.get("ep_across"),
     )

@@ -49,7 +49,6 @@ def build(
     travel: MoESection = _DEFAULT,
     reshard_after_forward: bool = False,
     tokens: int = 0,
-    timeout_s: float = 300.0,
 ) -> tuple[Decoder, Ledger]:
     """Make this rank's part of a model, its weights not yet set.
 
@@ -64,7 +63,6 @@ def build(
         travel: how tokens travel to their experts; its placement is not read.
         reshard_after_forward: gather weights again for the backward instead of keeping them.
         tokens: the most that a rank has in one pass; transport cuda_ipc needs to know.
-        timeout_s: a rank that hears nothing from another for so long fails.
 
     Returns:
         The model, and the ledger in which its layers write.
@@ -80,7 +78,6 @@ def build(
             meshes,
             device,
             cut.in_parts(etp),
-            timeout_s,
             one_hop=travel.fixed_rows is not None,
             largest_exchange=_largest_exchange(config, travel, tokens, meshes.dispatch.size(), etp),
         )

@@ -35,10 +35,9 @@ class SharedMemory:
     ) -> "_SharedExchange":
         """Room in this rank's arena, and the places in those of the others."""
         received_RB, first = self._room(sum(recv_rows), num_bytes, where)
-        places = places_of(recv_rows, num_bytes, first, self.rank)
-        recv, send = ([rows * num_bytes for rows in counts] for counts in (recv_rows, send_rows))
-        number, destination = self._control.open(places, recv, send, where)
-        parts = parts_of(send_rows, num_bytes, self.rank, self._control.arenas, destination)
+        number, parts = open_in_arenas(
+            self._control, self._control.arenas, first, send_rows, recv_rows, num_bytes, where
+        )
         return _SharedExchange(self._control, number, where, received_RB, parts)
 
     def _room(self, num_rows: int, num_bytes: int, where: str) -> tuple[Tensor, int]:
@@ -73,28 +72,37 @@ class _SharedExchange:
         return self.received_RB
 
 
-def places_of(recv_rows: list[int], num_bytes: int, first: int, own: int) -> list[int]:
-    """[P] where the messages of each rank go, from byte `first` on, the own ones last."""
-    places = [0] * len(recv_rows)
-    for p in _own_last(len(recv_rows), own):
+def open_in_arenas(
+    control: SharedControl,
+    arenas: list[Tensor],
+    first: int,
+    send_rows: list[int],
+    recv_rows: list[int],
+    num_bytes: int,
+    where: str,
+) -> tuple[int, list[tuple[slice, Tensor]]]:
+    """Begin an exchange through arenas: its number, and its parts.
+
+    Args:
+        control: of the group.
+        arenas: of all ranks, as mapped here, uint8.
+        first: byte of the own arena from which on messages are to arrive, the own ones last.
+        send_rows: [P] messages to every rank.
+        recv_rows: [P] messages from every rank.
+        num_bytes: of a message.
+        where: names the exchange in a fault.
+    """
+    order = [*(p for p in range(control.size) if p != control.rank), control.rank]
+    places = [0] * control.size
+    for p in order:
         places[p] = first
         first += recv_rows[p] * num_bytes
-    return places
-
-
-def parts_of(
-    send_rows: list[int], num_bytes: int, own: int, arenas: list[Tensor], destination: list[int]
-) -> list[tuple[slice, Tensor]]:
-    """The parts of an exchange that writes into arenas, from byte `destination[p]` of rank p's on."""
-    parts, first = [], 0
-    for p in _own_last(len(send_rows), own):
-        end, size = first + send_rows[p], send_rows[p] * num_bytes
-        if size:
-            there = arenas[p][destination[p] : destination[p] + size]
-            parts.append((slice(first, end), there.view(send_rows[p], num_bytes)))
-        first = end
-    return parts
-
-
-def _own_last(size: int, own: int) -> list[int]:
-    return [*(p for p in range(size) if p != own), own]
+    recv, send = ([rows * num_bytes for rows in counts] for counts in (recv_rows, send_rows))
+    number, destination = control.open(places, recv, send, where)
+    parts, sent = [], 0
+    for p in order:
+        if send_rows[p]:
+            there = arenas[p][destination[p] : destination[p] + send[p]]
+            parts.append((slice(sent, sent + send_rows[p]), there.view(send_rows[p], num_bytes)))
+        sent += send_rows[p]
+    return number, parts

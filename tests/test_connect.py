@@ -39,7 +39,7 @@ def _choose(rank: int, world_size: int, name: str) -> None:
     cut = Placement(devices=4, factors=factors, layers=[[0, 1, 2, 3]]).cut(4)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, node=nodes[rank])
     with process_groups(world, CPU, 4, 60.0) as meshes:
-        connection = connect("auto", meshes, CPU, cut, 60.0, one_hop=one_hop)
+        connection = connect("auto", meshes, CPU, cut, one_hop=one_hop)
     assert [type(transport).__name__ for transport, _ in connection.hops] == expected
     assert len(heard) == (1 if rank == 0 else 0)
     assert all(f"transport of the experts: {sentence}" in words for words in heard)
@@ -48,7 +48,7 @@ def _choose(rank: int, world_size: int, name: str) -> None:
 def test_a_rank_without_peers_moves_nothing() -> None:
     cut = Placement(devices=1, factors=(), layers=[[0, 1]]).cut(1)
     with process_groups(World(), CPU, 1, 60.0) as meshes:
-        connection = connect("auto", meshes, CPU, cut, 60.0)
+        connection = connect("auto", meshes, CPU, cut)
     assert [(type(transport).__name__, tiers) for transport, tiers in connection.hops] == [("Alone", ["self"])]
     assert not dist.is_initialized()
 

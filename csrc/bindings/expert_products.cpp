@@ -75,6 +75,27 @@ ExpertsArgs shared_args(const Tensor& x,
   return args;
 }
 
+void set_weights(ExpertsArgs& args, const Tensor& w_gate_up, const Tensor& w_down, const Tensor& x) {
+  args.w_gate_up = stacked(w_gate_up, "w_gate_up", args.num_slots, 2 * args.width, args.dim, x);
+  args.w_down = stacked(w_down, "w_down", args.num_slots, args.dim, args.width, x);
+}
+
+void set_grad(ExpertsArgs& args, const Tensor& grad, const Tensor& x) {
+  args.grad = rows(grad, "grad", x.size(0), args.dim, x);
+  args.grad_stride = row_stride(grad);
+}
+
+// What is kept of the backward for weight gradients that come later.
+void set_inside(ExpertsArgs& args, const Tensor& grad_gate_up, const Tensor& hidden, const Tensor& x) {
+  args.grad_gate_up = whole(grad_gate_up, "grad_gate_up", hidden.size(0), 2 * args.width, x);
+  args.hidden = whole(hidden, "hidden", hidden.size(0), args.width, x);
+}
+
+void set_weight_grads(ExpertsArgs& args, const Tensor& of_gate_up, const Tensor& of_down, const Tensor& x) {
+  args.grad_w_gate_up = stacked(of_gate_up, "grad_w_gate_up", args.num_slots, 2 * args.width, args.dim, x);
+  args.grad_w_down = stacked(of_down, "grad_w_down", args.num_slots, args.dim, args.width, x);
+}
+
 void experts_forward(const Tensor& x,
                      const Tensor& copy_row,
                      const Tensor& copies_of_slot,
@@ -84,8 +105,7 @@ void experts_forward(const Tensor& x,
                      const MaybeTensor& y) {
   const int64_t num_copies = gate_up.size(0), width = w_down.size(2);
   ExpertsArgs args = shared_args(x, copy_row, copies_of_slot, num_copies, width);
-  args.w_gate_up = stacked(w_gate_up, "w_gate_up", args.num_slots, 2 * width, args.dim, x);
-  args.w_down = stacked(w_down, "w_down", args.num_slots, args.dim, width, x);
+  set_weights(args, w_gate_up, w_down, x);
   args.gate_up = whole(gate_up, "gate_up", num_copies, 2 * width, x);
   if (y) args.y = whole(*y, "y", num_copies, args.dim, x);
   experts_forward_cpu(args, multiply(args.type), on_threads);
@@ -111,20 +131,17 @@ void experts_backward(const Tensor& grad,
                       grad_w_gate_up.has_value() == grad_w_down.has_value() &&
                       hidden.has_value() != grad_w_down.has_value(),
                   "experts_backward: give room for the weight gradients, or for what they need later");
-  args.w_gate_up = stacked(w_gate_up, "w_gate_up", args.num_slots, 2 * width, args.dim, x);
-  args.w_down = stacked(w_down, "w_down", args.num_slots, args.dim, width, x);
+  set_weights(args, w_gate_up, w_down, x);
   args.gate_up = whole(gate_up, "gate_up", num_copies, 2 * width, x);
-  args.grad = rows(grad, "grad", x.size(0), args.dim, x);
-  args.grad_stride = row_stride(grad);
+  set_grad(args, grad, x);
   args.weight = data<float>(weight, "weight", num_copies, x);
   args.grad_x = whole(grad_x, "grad_x", num_copies, args.dim, x);
   args.grad_weight = data<float>(grad_weight, "grad_weight", num_copies, x);
   if (hidden) {
-    args.grad_gate_up = whole(*grad_gate_up, "grad_gate_up", num_copies, 2 * width, x);
-    args.hidden = whole(*hidden, "hidden", num_copies, width, x);
+    STD_TORCH_CHECK(hidden->size(0) == num_copies, "experts_backward: hidden must have a row for each copy");
+    set_inside(args, *grad_gate_up, *hidden, x);
   } else {
-    args.grad_w_gate_up = stacked(*grad_w_gate_up, "grad_w_gate_up", args.num_slots, 2 * width, args.dim, x);
-    args.grad_w_down = stacked(*grad_w_down, "grad_w_down", args.num_slots, args.dim, width, x);
+    set_weight_grads(args, *grad_w_gate_up, *grad_w_down, x);
   }
   experts_backward_cpu(args, multiply(args.type), on_threads);
 }
@@ -137,14 +154,10 @@ void experts_weight_grads(const Tensor& grad,
                           const Tensor& hidden,
                           const Tensor& grad_w_gate_up,
                           const Tensor& grad_w_down) {
-  const int64_t num_copies = hidden.size(0), width = hidden.size(1);
-  ExpertsArgs args = shared_args(x, copy_row, copies_of_slot, num_copies, width);
-  args.grad = rows(grad, "grad", x.size(0), args.dim, x);
-  args.grad_stride = row_stride(grad);
-  args.grad_gate_up = whole(grad_gate_up, "grad_gate_up", num_copies, 2 * width, x);
-  args.hidden = whole(hidden, "hidden", num_copies, width, x);
-  args.grad_w_gate_up = stacked(grad_w_gate_up, "grad_w_gate_up", args.num_slots, 2 * width, args.dim, x);
-  args.grad_w_down = stacked(grad_w_down, "grad_w_down", args.num_slots, args.dim, width, x);
+  ExpertsArgs args = shared_args(x, copy_row, copies_of_slot, hidden.size(0), hidden.size(1));
+  set_grad(args, grad, x);
+  set_inside(args, grad_gate_up, hidden, x);
+  set_weight_grads(args, grad_w_gate_up, grad_w_down, x);
   experts_weight_grads_cpu(args, multiply(args.type), on_threads);
 }
 
