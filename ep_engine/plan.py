@@ -81,6 +81,7 @@ class Hop:
     _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _agreed: set[int] = field(default_factory=set, init=False, repr=False, compare=False)  # on these top_k
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """slot_of_id and run_order as int32 on a device; made once, because a copy to a GPU would wait for it."""
@@ -105,7 +106,7 @@ def way_to(site: Site, links: Sequence[Link], fixed_rows: int | None = None) -> 
         one_row_per_copy=site.one_row_per_copy,
         sum_sizes=[size // per_node for size in site.cut.group_sizes_of_ranks if size > per_node] or [1],
         run_order=_own_last(num_nodes, first.transport.rank),
-        agreement=_agreement(site, links),
+        agreement=_agreement(site, links, fixed_rows),
         fixed_rows=fixed_rows,
     )
     if len(links) == 1:
@@ -121,14 +122,15 @@ def way_to(site: Site, links: Sequence[Link], fixed_rows: int | None = None) -> 
         one_row_per_copy=False,
         sum_sizes=[size for size in site.cut.group_sizes_of_ranks if size <= per_node] or [1],
         run_order=sorted(range(len(homes)), key=lambda run: homes[run]),
-        agreement=_agreement(site, links),
+        agreement=_agreement(site, links, None),
     )
     return over_nodes, inside_node
 
 
-def _agreement(site: Site, links: Sequence[Link]) -> int:
+def _agreement(site: Site, links: Sequence[Link], fixed_rows: int | None) -> int:
     """What the ranks must have in common, in 31 bits."""
-    common = (links[0].layer, site.cut, site.slot_of_expert, site.one_row_per_copy, [k.transport.size for k in links])
+    sizes = [link.transport.size for link in links]
+    common = (links[0].layer, site.cut, site.slot_of_expert, site.one_row_per_copy, sizes, fixed_rows)
     return zlib.crc32(repr(common).encode()) >> 1
 
 
@@ -188,8 +190,9 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
         one_row_per_copy=hop.one_row_per_copy,
     )
     if run_of_token_T is None and (size == 1 or hop.fixed_rows is not None):
-        if debug.wanted():
-            _exchange(hop, top_k, torch.zeros_like(sent.rows_per_rank_P).unsqueeze(1))
+        if size > 1 and (top_k not in hop._agreed or debug.wanted()):  # once, because the host waits for it
+            _exchange(hop, top_k, sent.rows_per_rank_P.unsqueeze(1))
+            hop._agreed.add(top_k)
         sent, send_rows = _with_fixed_rows(sent, hop)
         recv_rows, rows_of_run = send_rows, torch.full_like(sent.rows_per_rank_P, hop.fixed_rows or 0)
         rows_of_run[-1] = send_rows[link.transport.rank]

@@ -89,14 +89,24 @@ def _wait_for_a_silent_peer(rank: int, world_size: int) -> None:
     dist.barrier()  # the other group still works
 
 
+# Slots of the experts, and fixed rows, on either rank.
+PLANS: dict[str, list[tuple[list[int], int | None]]] = {
+    "placement": [([0, 1, 2, 3], None), ([1, 0, 2, 3], None)],
+    "placement with fixed rows": [([0, 1, 2, 3], 5), ([1, 0, 2, 3], 5)],
+    "fixed rows": [([0, 1, 2, 3], 5), ([0, 1, 2, 3], 6)],
+}
+
+
+@pytest.mark.parametrize("what", PLANS)
 @pytest.mark.parametrize("name", TRANSPORTS)
-def test_ranks_that_plan_otherwise_are_a_fault(name: str) -> None:
-    run_ranks(_plan_otherwise, name)
+def test_ranks_that_plan_otherwise_are_a_fault(name: str, what: str) -> None:
+    run_ranks(_plan_otherwise, name, what)
 
 
-def _plan_otherwise(rank: int, world_size: int, name: str) -> None:
+def _plan_otherwise(rank: int, world_size: int, name: str, what: str) -> None:
     link = Link(TRANSPORTS[name](dist.group.WORLD, 20.0), Ledger(["self", "node"]), 4)
-    placement = Placement(devices=2, factors=(2,), layers=[[0, 1, 2, 3] if rank == 0 else [1, 0, 2, 3]])
-    (hop,) = way_to(Site.of(placement, 0, placement.cut(2), rank), [link])
+    slots, fixed_rows = PLANS[what][rank]
+    placement = Placement(devices=2, factors=(2,), layers=[slots])
+    (hop,) = way_to(Site.of(placement, 0, placement.cut(2), rank), [link], fixed_rows)
     with pytest.raises(Fault, match=f"rank {rank} of 2 in group ep: layer 4 is planned otherwise on rank {1 - rank}"):
         make_plan(torch.tensor([[0, 2]]), hop)
