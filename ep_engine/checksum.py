@@ -24,13 +24,14 @@ def checksum(tensor: Tensor, *, first: int = 0, pitch: int | None = None) -> int
         pitch: elements from one row of the whole to the next, where `tensor` is a matrix of parts of its rows.
     """
     bits = tensor.detach().cpu().contiguous().view(-1).view(_BITS[tensor.element_size()]).numpy()
-    width = tensor.shape[1] if pitch is not None else max(bits.size, 1)
     total = 0
     for start in range(0, bits.size, _CHUNK):
         part = bits[start : start + _CHUNK].astype(np.uint64)  # sign extension is harmless: the map is one to one
-        index = np.arange(start, start + part.size, dtype=np.uint64)
-        row, column = np.divmod(index, np.uint64(width))
-        position = np.uint64(first) + row * np.uint64(pitch or 0) + column
+        position = np.arange(start, start + part.size, dtype=np.uint64)
+        if pitch is not None:
+            row, column = np.divmod(position, np.uint64(tensor.shape[1]))
+            position = row * np.uint64(pitch) + column
+        position += np.uint64(first)
         total += int(_mix(part ^ _mix(position)).sum(dtype=np.uint64))
     return total % _MODULUS
 

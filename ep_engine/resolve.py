@@ -229,8 +229,15 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
 
 
 def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: int) -> None:
-    name, etp = config.moe.transport, config.parallel.expert_tensor_parallel_size
-    ep_size = config.parallel.expert_parallel_size * etp
+    name, ep, etp = (
+        config.moe.transport,
+        config.parallel.expert_parallel_size,
+        config.parallel.expert_tensor_parallel_size,
+    )
+    ranks = ep * etp  # among which the experts of a token lie
+    size = f"parallel.expert_parallel_size ({ep})"
+    if etp > 1:
+        size += f" times parallel.expert_tensor_parallel_size ({etp})"
     if name == "hierarchical" and config.moe.fixed_rows is not None:
         raise UserError(
             f"moe.transport is hierarchical and moe.fixed_rows is {config.moe.fixed_rows}, but what a node passes on "
@@ -243,28 +250,25 @@ def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: in
             f"set the device to {'cuda' if name == 'cuda_ipc' else 'cpu'}"
         )
     one_machine = name in ("shared_memory", "cuda_ipc")
-    if one_machine and ranks_per_node % ep_size:
+    if one_machine and ranks_per_node % ranks:
         raise UserError(
-            f"moe.transport is {name}, but the {ep_size} ranks of an expert-parallel group do not lie on one node of "
+            f"moe.transport is {name}, but the {ranks} ranks of an expert-parallel group do not lie on one node of "
             f"{ranks_per_node} ranks; use hierarchical or collective"
         )
-    if one_machine and ep_size > MAX_SHARERS:
+    if one_machine and ranks > MAX_SHARERS:
         raise UserError(
-            f"moe.transport is {name}, which joins at most {MAX_SHARERS} ranks, but parallel.expert_parallel_size is "
-            f"{ep_size}; use collective"
+            f"moe.transport is {name}, which joins at most {MAX_SHARERS} ranks, but {size} is more; use collective"
         )
-    if name == "hierarchical" and (ep_size <= ranks_per_node or ep_size % ranks_per_node):
+    if name == "hierarchical" and (ranks <= ranks_per_node or ranks % ranks_per_node):
         raise UserError(
-            f"moe.transport is hierarchical, but parallel.expert_parallel_size ({ep_size}) is no multiple of the "
-            f"{ranks_per_node} ranks of a node that is larger; use collective or shared_memory"
+            f"moe.transport is hierarchical, but {size} is no multiple of the {ranks_per_node} ranks of a node that is "
+            "larger; use collective or shared_memory"
         )
-    if name == "hierarchical" and ranks_per_node not in (
-        1,
-        *placement.cut(ep_size // etp).in_parts(etp).group_sizes_of_ranks,
-    ):
+    groups = placement.cut(ep).in_parts(etp).group_sizes_of_ranks
+    if name == "hierarchical" and ranks_per_node not in (1, *groups):
         raise UserError(
             f"moe.transport is hierarchical, but the {ranks_per_node} ranks of a node are no group of the placement's "
-            f"tree {placement.factors}; place again with --nodes {ep_size // ranks_per_node}"
+            f"tree {placement.factors}; place again with --nodes {ranks // ranks_per_node}"
         )
 
 
