@@ -172,8 +172,21 @@ def tokenizer_folder(source: Path | None) -> Path | None:
 
 def newest(run_folder: Path) -> Path | None:
     """The checkpoint of most steps in a run folder; None if it holds none."""
+    return next(reversed(_of_run(run_folder)), None)
+
+
+def keep_newest(run_folder: Path, count: int) -> None:
+    """Delete all but the newest `count` checkpoints of a run."""
+    for path in _of_run(run_folder)[:-count]:
+        going = path.with_name(f"{path.name}.deleting")  # no checkpoint any more, however far the deletion gets
+        path.rename(going)
+        shutil.rmtree(going)
+
+
+def _of_run(run_folder: Path) -> list[Path]:
+    """Checkpoints of a run, by ascending step."""
     found = [path for path in (run_folder / "checkpoints").glob("step_*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -179,6 +179,8 @@ class OutputSection(_Section):
     """run folder: run.toml, metrics.jsonl, checkpoints/"""
     resume: bool = False
     """go on from the last checkpoint in the folder, in any layout"""
+    keep_checkpoints: int | None = Field(None, ge=1)
+    """checkpoints that stay; older ones are deleted after a save [all]"""
 
 
 class RunConfig(_Section):

@@ -1,7 +1,7 @@
 """Train: the loop over steps, and what a run leaves in its folder.
 
 FOLDER/run.toml                  what was asked, with the layout and the versions as comments
-FOLDER/metrics.jsonl             a line every `train.log_every` steps
+FOLDER/metrics.jsonl             a line every `train.log_every` steps, and before a save
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
 FOLDER/profile.npz               who worked with whom in a MoE model, for `ep-engine place`
 FOLDER/summary.json              written last: the figures of the run since `first_step`
@@ -127,7 +127,6 @@ class Trainer:
             travel=self.config.moe,
             reshard_after_forward=self.config.parallel.reshard_after_forward,
             tokens=self.config.data.batch_size * self.config.data.sequence_length // self.num_ranks,
-            timeout_s=self.config.parallel.timeout_s,
         )
         self.model.recompute(self.config.train.recompute)
         self.optimizer = make_optimizer(self.model, self.config.train)
@@ -162,12 +161,13 @@ class Trainer:
         while self.step < train.steps:
             with self._peers_watched(f"step {self.step + 1}"):
                 self._one_step(window)
-            if self.step % train.log_every == 0 or self.step == train.steps:
+            saving = self.step == train.steps or (train.save_every is not None and self.step % train.save_every == 0)
+            if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
                 line = self._metrics(window)
                 self._append(folder / "metrics.jsonl", line)
                 report(line)
                 window = _Window()
-            if self.step == train.steps or (train.save_every and self.step % train.save_every == 0):
+            if saving:
                 before = time.perf_counter()
                 with self._peers_watched(f"the save at step {self.step}"):
                     self._save(folder)
@@ -327,6 +327,8 @@ class Trainer:
             overwrite=True,
         )
         self.last_saved = path
+        if self.config.output.keep_checkpoints is not None and self.rank == 0:
+            checkpoint.keep_newest(folder, self.config.output.keep_checkpoints)
 
     def _save_profile(self, folder: Path) -> None:
         """Who worked with whom in the steps of this run: `profile.npz`, as `ep-engine profile` writes it."""

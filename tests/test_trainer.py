@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from checkpoint_tools.source import open_source
-from ep_engine.checkpoint import read_manifest
-from ep_engine.collaboration import Profile
+from ep_engine.checkpoint import newest, read_manifest
+from ep_engine.collaboration import Profile, read_profile
 from ep_engine.config import RunConfig
 from ep_engine.errors import Fault
 from ep_engine.mesh import World
@@ -21,6 +21,7 @@ from ep_engine.tokens import TokenFile
 from ep_engine.trainer import train
 from tests.distributed import run_ranks
 from tests.run_cases import losses, moe_model, small_run, train_here, write_text
+from tests.small_models import dense_folder, run_tool
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 
@@ -59,17 +60,6 @@ def test_twenty_steps_give_the_golden_losses(kind: str, folder: Path) -> None:
 def _write_golden(kind: str, found: list[float]) -> None:
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     GOLDEN.write_text(json.dumps(golden | {kind: found}, indent=1) + "\n")
-
-
-@pytest.mark.parametrize("ep_size", [1, 2])
-def test_two_runs_are_the_same_bit_by_bit(ep_size: int, folder: Path) -> None:
-    sections = moe_sections(folder, "c2r", parallel={"expert_parallel_size": ep_size})
-    configs = [small_run(folder, f"twice-{ep_size}-{i}", **sections) for i in range(2)]
-    for config in configs:
-        run_ranks(_train, config, world_size=ep_size)
-    assert losses(configs[0]) == losses(configs[1])
-    sums = [read_manifest(config.output.folder / "checkpoints/step_000006")["checksums"] for config in configs]
-    assert sums[0] == sums[1]
 
 
 # Ranks, expert-parallel size, routing rule, and what else is set; `train` for the one process too.
@@ -125,21 +115,29 @@ def test_every_layout_gives_the_losses_of_one_process(layout: str, folder: Path)
     assert summaries[1]["heldout_loss"] == pytest.approx(summaries[0]["heldout_loss"], rel=1e-5)
     assert summaries[1]["load_max_over_mean"] == summaries[0]["load_max_over_mean"]
     assert summaries[0]["ledger"]["bytes_per_token"]["total"] == 0
+    assert summaries[1]["changed_share"] == summaries[0]["changed_share"]
+    profiles = [read_profile(c.output.folder / "profile.npz") for c in (single, config)]
+    assert (profiles[0].counts == profiles[1].counts).all()
     moving = ep_size * parallel.get("expert_tensor_parallel_size", 1) > 1
     assert (summaries[1]["ledger"]["bytes_per_token"]["total"] > 0) == moving
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize(
-    ("world_size", "ep_size", "reshard"), [(1, 1, False), (2, 2, False), (4, 2, False), (4, 2, True)]
+    ("world_size", "parallel"),
+    [
+        (1, {}),
+        (2, {"expert_parallel_size": 2}),
+        (4, {"expert_parallel_size": 2, "reshard_after_forward": True}),
+        (4, {"expert_parallel_size": 4, "tensor_parallel_size": 2}),
+    ],
 )
 def test_what_is_computed_again_has_the_same_bits(
-    world_size: int, ep_size: int, reshard: bool, recompute: str, folder: Path
+    world_size: int, parallel: dict[str, Any], recompute: str, folder: Path
 ) -> None:
-    parallel = {"expert_parallel_size": ep_size, "reshard_after_forward": reshard}
     configs = []
     for what in ("none", recompute):
-        name = f"{recompute}-{world_size}-{ep_size}-{reshard}-{what}"
+        name = f"{recompute}-{world_size}-{len(parallel)}-{'tensor_parallel_size' in parallel}-{what}"
         train = {"steps": 3, "recompute": what, "micro_batches": 2}
         config = small_run(folder, name, **moe_sections(folder, "c2r", parallel=parallel), train=train)
         run_ranks(_train, config, world_size=world_size)
@@ -161,13 +159,48 @@ def test_a_dense_batch_in_parts_is_the_same_step(folder: Path) -> None:
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-6)
 
 
+DENSE: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "head is the embedding": {"tie_embeddings": True},
+    "with biases": {"attention_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dense_model_in_tensor_parallel_is_that_of_one_process(name: str, folder: Path) -> None:
+    stem = name.replace(" ", "-")
+    model = DENSE[name]
+    if name == "with biases":
+        source = dense_folder(folder / stem, **model)
+        assert run_tool("convert", source, folder / f"{stem}-engine") == 0
+        model = {"checkpoint": str(folder / f"{stem}-engine")}
+    single, split = (
+        small_run(folder, f"{stem}-tp{tp}", model=model, train={"steps": 6}, parallel={"tensor_parallel_size": tp})
+        for tp in (1, 2)
+    )
+    train_here(single)
+    run_ranks(_train, split, world_size=4)
+    assert losses(split) == pytest.approx(losses(single), rel=1e-5)
+    one, two = (open_source(c.output.folder / "checkpoints/step_000006").tensors for c in (single, split))
+    for weight, tensor in one.items():
+        torch.testing.assert_close(two[weight], tensor, rtol=1e-3, atol=1e-4)
+    norms = [json.loads(line)["grad_norm"] for c in (single, split) for line in _lines(c)]
+    assert norms[:3] == pytest.approx(norms[3:], rel=1e-5)
+
+
+def _lines(config: RunConfig) -> list[str]:
+    return (config.output.folder / "metrics.jsonl").read_text().splitlines()
+
+
 def _train(rank: int, world_size: int, config: Any) -> None:
     train_here(config, rank, world_size)
 
 
-def test_bfloat16_learns_and_keeps_float32_weights(folder: Path) -> None:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_bfloat16_learns_and_keeps_float32_weights(tp: int, folder: Path) -> None:
+    parallel = {"expert_parallel_size": 2, "tensor_parallel_size": tp}
     train = {"steps": 20, "learning_rate": 3e-3, "dtype": "bfloat16"}
-    config = small_run(folder, "bf16", **moe_sections(folder, parallel={"expert_parallel_size": 2}), train=train)
+    config = small_run(folder, f"bf16-{tp}", **moe_sections(folder, parallel=parallel), train=train)
     run_ranks(_train, config, world_size=2)
     assert losses(config)[-1] < losses(config)[0] - 0.15
     golden = json.loads(GOLDEN.read_text())["topk"]
@@ -176,21 +209,31 @@ def test_bfloat16_learns_and_keeps_float32_weights(folder: Path) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_resuming_in_the_same_layout_gives_the_same_bits(folder: Path) -> None:
-    whole = small_run(folder, "whole", **moe_sections(folder), train={"steps": 6, "save_every": 3})
-    train_here(whole)
-    part = small_run(folder, "part", **moe_sections(folder), train={"steps": 6, "save_every": 3})
-    train_here(part)
-    for name in ("step_000006", "step_000003"):
-        kept = part.output.folder / "checkpoints" / name
-        assert kept.exists()
-    (part.output.folder / "checkpoints/step_000006").rename(folder / "forgotten")
-    again = small_run(folder, "part", **moe_sections(folder), train={"steps": 6}, output={"resume": True})
-    train_here(again)
-    sums = [read_manifest(folder / name)["checksums"] for name in
-            ("whole/checkpoints/step_000006", "part/checkpoints/step_000006")]  # fmt: skip
-    assert sums[0] == sums[1]
-    assert losses(again)[-3:] == losses(whole)[-3:]
+REPEATED: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "ep2": (2, {"expert_parallel_size": 2}),
+    "edp2 x ep2, weights gathered again": (4, {"expert_parallel_size": 2, "reshard_after_forward": True}),
+    "tp2 x ep2": (2, {"tensor_parallel_size": 2, "expert_parallel_size": 2}),
+    "ep2 x etp2": (4, {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2}),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_run_repeated_or_resumed_in_the_same_layout_has_the_same_bits(name: str, folder: Path) -> None:
+    world_size, parallel = REPEATED[name]
+    stem = name.replace(" ", "-").replace(",", "")
+
+    def run(which: str, *, resume: bool = False) -> tuple[list[float], dict[str, str]]:
+        sections = moe_sections(folder, "c2r", parallel=parallel)
+        train = {"steps": 6, "save_every": 3, "micro_batches": 2}
+        config = small_run(folder, f"{stem}-{which}", **sections, train=train, output={"resume": resume})
+        run_ranks(_train, config, world_size=world_size)
+        return losses(config), read_manifest(config.output.folder / "checkpoints/step_000006")["checksums"]
+
+    whole = run("whole")
+    assert run("again") == whole
+    (folder / f"{stem}-again/checkpoints/step_000006").rename(folder / f"{stem}-forgotten")
+    assert run("again", resume=True) == whole  # three steps from the first run, three from the second
 
 
 # Ranks and sizes of a run, and of the one that goes on with it.
@@ -224,6 +267,14 @@ def test_resuming_in_another_layout_goes_on_with_the_same_losses(name: str, fold
     assert losses(config) == pytest.approx(losses(whole), rel=1e-5)  # every step once
     assert json.loads((at / "summary.json").read_text())["first_step"] == 4
     assert sorted(path.name for path in at.glob("*.toml")) == ["run.from-4.toml", "run.toml"]
+
+
+def test_only_the_newest_checkpoints_stay(folder: Path) -> None:
+    config = small_run(folder, "kept", train={"steps": 7, "save_every": 2}, output={"keep_checkpoints": 2})
+    train_here(config)
+    kept = config.output.folder / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["step_000006", "step_000007"]
+    assert newest(config.output.folder) == kept / "step_000007"
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(folder: Path) -> None:
