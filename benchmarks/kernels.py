@@ -3,8 +3,9 @@
     python -m benchmarks.kernels [--json OUT]
 
 gather and combine beside a memcpy of as many bytes (torch's copy_ on the same threads); the plan beside a stable int16
-argsort and a bincount; the choice of experts beside the same rule in torch, eager and compiled. Bytes: every row that
-is read and every row that is written counts, also if a cache holds it.
+argsort and a bincount; the choice of experts beside the same rule in torch, eager and compiled; and what it costs to
+count which experts work together. Bytes: every row that is read and every row that is written counts, also if a cache
+holds it.
 """
 
 import argparse
@@ -54,6 +55,7 @@ def plan_calls(ids_TK: Tensor, num_experts: int) -> dict[str, Callable[[], objec
     sent, _ = plan_of(ids_TK, num_experts)
     one = torch.zeros(1, dtype=torch.int32)
     flat = ids_TK.reshape(-1)
+    pairs_EE = torch.zeros(num_experts, num_experts, dtype=torch.int64)
 
     def by_torch() -> tuple[Tensor, Tensor]:
         return flat.to(torch.int16).argsort(stable=True), flat.bincount(minlength=num_experts)
@@ -62,6 +64,7 @@ def plan_calls(ids_TK: Tensor, num_experts: int) -> dict[str, Callable[[], objec
         "group": lambda: ops.plan_arrival(sent.row_slot_SW, sent.rows_per_rank_P, one, num_slots=num_experts),
         "plan": lambda: plan_of(ids_TK, num_experts),
         "plan torch": by_torch,
+        "count pairs": lambda: ops.count_pairs(ids_TK, pairs_EE),
     }
 
 
