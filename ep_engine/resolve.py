@@ -92,7 +92,7 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
         times = f" times parallel.tensor_parallel_size ({tp})" if tp > 1 else ""
         raise UserError(
             f"parallel.data_parallel_size ({dp}){times} needs {dp * tp} ranks, but the job has {world_size} "
-            f"(WORLD_SIZE); start torchrun with {dp * tp}, or leave the key out"
+            f"(WORLD_SIZE); start torchrun with {dp * tp}, or leave data_parallel_size out"
         )
     etp = parallel.expert_tensor_parallel_size
     if world_size % (ep * etp):
@@ -105,7 +105,8 @@ def _check_ranks(config: RunConfig, world_size: int) -> None:
     if config.data.batch_size % (dp * parts):
         times = f" times train.micro_batches ({parts})" if parts > 1 else ""
         raise UserError(
-            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks that share it{times}"
+            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks that share it{times}; "
+            "choose another size"
         )
 
 

@@ -71,11 +71,15 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
         ("parallel.expert_tensor_parallel_size=4",),
         r"^parallel\.expert_tensor_parallel_size \(4\) must divide the hidden size of the model's experts \(6\);",
     ),
-    "uneven batch": (3, (), r"^data\.batch_size \(8\) must be a multiple of the 3 ranks that share it$"),
+    "uneven batch": (
+        3,
+        (),
+        r"^data\.batch_size \(8\) must be a multiple of the 3 ranks that share it; choose another size$",
+    ),
     "uneven parts": (
         2,
         ("train.micro_batches=3",),
-        r"^data\.batch_size \(8\) must be a multiple of the 2 ranks that share it times train\.micro_batches \(3\)$",
+        r"^data\.batch_size \(8\) must be a multiple of the 2 ranks that share it times train\.micro_batches \(3\);",
     ),
     "nothing to resume": (
         1,
