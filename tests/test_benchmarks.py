@@ -100,7 +100,8 @@ def test_dispatch_benchmark_counts_fewer_bytes_per_device(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["kernels", "all_to_all", "moe_layer", "moe_layer_bf16", "overlap", "dispatch", "quickstart"]
+    "name",
+    ["kernels", "all_to_all", "moe_layer", "moe_layer_bf16", "moe_layer_llama", "overlap", "dispatch", "quickstart"],
 )
 def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
@@ -117,5 +118,10 @@ def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
             spreads = [
                 f"{times['median_ms']:.{n}f} ({times['min_ms']:.{n}f}, {times['max_ms']:.{n}f})" for n in (0, 1, 2)
             ]
-            if name in ("moe_layer", "moe_layer_bf16", "dispatch"):  # the others show the op and how much faster it is
+            if name in (
+                "moe_layer",
+                "moe_layer_bf16",
+                "moe_layer_llama",
+                "dispatch",
+            ):  # the others show the op and how much faster it is
                 assert any(f"| {spread} |" in text for spread in spreads)
