@@ -154,8 +154,8 @@ def _outputs(source: Source, tokens: Tensor) -> dict[str, Tensor]:
     for i, layer in enumerate(stack):
         layer.register_forward_hook(keep(f"layer {i}"))
     with torch.no_grad():
-        logits = model(tokens).logits
-    return {**outputs, "logits": logits}
+        output = model(tokens)
+    return {**outputs, "logits": output if isinstance(output, torch.Tensor) else output.logits}
 
 
 def _engine_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:
@@ -163,9 +163,9 @@ def _engine_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:
     from ep_engine.parallelize import entries_of
 
     model = Decoder(source.config).float().eval()
-    for name, shard in entries_of(model).items():
+    for name, shard in entries_of([model]).items():
         shard.tensor.copy_(source.tensors[name])
-    return model, model.layers
+    return model, nn.ModuleList(model.layers.values())
 
 
 def _transformers_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:

@@ -8,12 +8,13 @@ import tomllib
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from ep_engine.errors import UserError
 from ep_engine.model_config import first_sentence
+from ep_engine.stages import Schedule
 
 
 class _Section(BaseModel):
@@ -126,10 +127,16 @@ class TrainSection(_Section):
 
 
 class ParallelSection(_Section):
-    """How ranks share the work. Experts live on an (edp, ep, etp) grid over the same ranks as (dp, tp)."""
+    """How ranks share the work. Experts live on an (edp, ep, etp) grid over the same ranks as (dp, tp) of a stage."""
 
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """groups of ranks that hold layers that follow each other; the parts of a batch run through them"""
+    pipeline_schedule: Schedule = "1f1b"
+    """gpipe; 1f1b; interleaved: 2 stages a rank, or as pipeline_layers says; zbv: 2 in a V, weights' gradients later"""
+    pipeline_layers: list[Annotated[int, Field(ge=1)]] | None = None
+    """layers of every stage [as even as can be, the first longer]"""
     data_parallel_size: int | None = Field(None, ge=1)
-    """groups of ranks that share the batch, and the dense weights [ranks / tensor_parallel_size]"""
+    """groups of ranks that share the batch, and the dense weights [ranks / pipeline and tensor_parallel_size]"""
     tensor_parallel_size: int = Field(1, ge=1)
     """ranks that split the matrices outside of the experts, the vocabulary, and the sequence"""
     expert_parallel_size: int = Field(1, ge=1)
@@ -251,7 +258,9 @@ def to_toml(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _toml(value: bool | int | float | str | Path) -> str:
+def _toml(value: bool | int | float | str | Path | list[int]) -> str:
+    if isinstance(value, list):
+        return json.dumps(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from ep_engine.load_balance import RouterStatistics
-from ep_engine.model import Decoder
+from ep_engine.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -25,40 +25,46 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder,
+    pipeline: Pipeline,
     batches: Iterator[tuple[Tensor, Tensor]],
-    device: torch.device,
     group: dist.ProcessGroup,
     *,
+    moe_layers: int,
     sharing: int = 1,
 ) -> Evaluation:
     """Mean cross entropy over `batches`, this rank's rows of them; the same on every rank of `group`.
 
-    `sharing` ranks have the same rows, and split the vocabulary and the sequence.
+    Args:
+        pipeline: the model.
+        batches: inputs and targets, (B, S) int64.
+        group: all ranks.
+        moe_layers: layers with experts in the whole model.
+        sharing: ranks that have the same rows, and split the vocabulary and the sequence.
     """
-    model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, tokens * layers that changed
-    num_layers = 0
-    for inputs_BS, targets_BS in batches:
-        output = model(inputs_BS.to(device))
-        sums[0] += entropy_sum(output.logits, targets_BS.to(device)) / sharing
-        sums[1] += targets_BS.numel() / sharing
-        sums[2] += sum(changed_tokens(router) for router in output.routers)
-        num_layers = len(output.routers)
-    model.train()
+    sums = torch.zeros(3, dtype=torch.float64, device=pipeline.device)  # loss, tokens, tokens * layers that changed
+
+    def count_changed(x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
+        sums[2] += sum(changed_tokens(router) for router in routers.values())
+        return x
+
+    with pipeline.watched(count_changed), loss_parallel():
+        for inputs_BS, targets_BS in batches:
+            logits_BSV = pipeline.forward(inputs_BS.to(pipeline.device))
+            if logits_BSV is not None:
+                sums[0] += entropy_sum(logits_BSV, targets_BS.to(pipeline.device)) / sharing
+                sums[1] += targets_BS.numel() / sharing
     dist.all_reduce(sums, group=group)
     loss_sum, num_tokens, changed = sums.tolist()
-    share = changed / (num_tokens * num_layers) if num_layers else None
+    share = changed / (num_tokens * moe_layers) if moe_layers else None
     return Evaluation(loss_sum / num_tokens, round(num_tokens), share)
 
 
 def entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Sum of the cross entropy over tokens, in float32; logits may be split along the vocabulary.
 
-    Its backward must be within torch's `loss_parallel` then.
+    It and its backward must be within torch's `loss_parallel` then, which knows no nesting.
     """
-    with loss_parallel():
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
     return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 

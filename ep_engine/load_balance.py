@@ -1,7 +1,7 @@
 """Load balance: what the router did, and the loss that keeps experts equally busy (arXiv:2101.03961 eq. 4-6)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,9 @@ def router_statistics(routing: Routing) -> RouterStatistics:
     return RouterStatistics(load_E, torch.softmax(logits_TE, dim=1).sum(dim=0), ids_TK, logits_TE.detach())
 
 
-def load_balance_loss(layers: Sequence[RouterStatistics], num_tokens: int, group: dist.ProcessGroup | None) -> Tensor:
+def load_balance_loss(
+    layers: Sequence[RouterStatistics], num_tokens: int, group: dist.ProcessGroup | None, num_layers: int | None = None
+) -> Tensor:
     """This rank's share of mean over layers of E * sum over e of f_e * P_e; the shares of all ranks add up to it.
 
     f_e is the share of all routed copies that went to expert e, P_e its mean probability, both over all tokens of all
@@ -35,13 +37,32 @@ def load_balance_loss(layers: Sequence[RouterStatistics], num_tokens: int, group
     choices of the rule in force, and has no gradient.
 
     Args:
-        layers: statistics of every MoE layer, in order.
+        layers: statistics of every MoE layer that is here, in order.
         num_tokens: tokens of all ranks.
-        group: the ranks that share the batch; None: only this one.
+        group: the ranks that share the batch, with the same layers; None: only this one.
+        num_layers: MoE layers of the model; None: those that are here.
     """
     load_LE = torch.stack([layer.load_E for layer in layers])
     if group is not None:
         dist.all_reduce(load_LE, group=group)
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
     probability_LE = torch.stack([layer.probability_E for layer in layers]) / num_tokens
-    return load_LE.shape[1] * (share_LE * probability_LE).sum(dim=1).mean()
+    return load_LE.shape[1] * (share_LE * probability_LE).sum(dim=1).sum() / (num_layers or len(layers))
+
+
+def with_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x, whose backward is also that of `loss`, a scalar: the loss of a stage that is not the last."""
+    y: Tensor = _WithLoss.apply(x, loss)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _WithLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return x.clone()  # a pipeline detaches what a stage returns, which a view would refuse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grads[0], torch.ones_like(loss)

@@ -1,8 +1,9 @@
 """Ranks and their grids: what torchrun says, and the two meshes over the same ranks.
 
-    dense weights and the batch:  (dp, tp)        experts:  (edp, ep, etp),  edp * ep * etp = dp * tp
+    dense weights and the batch:  (pp, dp, tp)        experts:  (pp, edp, ep, etp),  edp * ep * etp = dp * tp
 
-Ranks that follow each other are neighbours in tp, and in etp. The only place that makes process groups.
+Ranks that follow each other are neighbours in tp, and in etp; those of a pipeline stage lie together. The only place
+that makes process groups.
 """
 
 import os
@@ -63,10 +64,11 @@ class World:
 class Meshes:
     """The two grids over the ranks of a job."""
 
-    dense: DeviceMesh  # ("dp", "tp")
-    experts: DeviceMesh  # ("edp", "ep", "etp")
+    dense: DeviceMesh  # ("pp", "dp", "tp")
+    experts: DeviceMesh  # ("pp", "edp", "ep", "etp")
     dispatch: dist.ProcessGroup  # ep x etp: the ranks among which a token's experts lie
-    flat: DeviceMesh  # ("all",): every rank, for what each rank does on tokens of its own
+    stage: DeviceMesh  # ("stage",): the ranks with the same layers, for what each does on tokens of its own
+    world: dist.ProcessGroup
     node_of_rank: list[int]  # [world size]
     timeout_s: float  # a rank that hears nothing from another for so long fails
     ep_inside: dist.ProcessGroup | None  # the ranks of `dispatch` on this rank's node, and
@@ -82,17 +84,25 @@ class Meshes:
 
 @contextmanager
 def process_groups(
-    world: World, device: torch.device, ep_size: int, timeout_s: float, *, tp_size: int = 1, etp_size: int = 1
+    world: World,
+    device: torch.device,
+    ep_size: int,
+    timeout_s: float,
+    *,
+    tp_size: int = 1,
+    etp_size: int = 1,
+    pp_size: int = 1,
 ) -> Iterator[Meshes]:
     """Join the other ranks, make the meshes, and leave at the end; a program that has joined already stays joined.
 
     Args:
-        world: from torchrun; its size is a multiple of `ep_size * etp_size` and of `tp_size`.
+        world: from torchrun; its size is a multiple of `pp_size * ep_size * etp_size` and of `pp_size * tp_size`.
         device: where this rank computes.
         ep_size: of the ranks or groups of `etp_size` ranks that share the experts; they have consecutive numbers.
         timeout_s: a rank that hears nothing from another for so long fails.
         tp_size: ranks that share one batch row and split its sequence; consecutive too.
         etp_size: ranks that split each expert; consecutive too.
+        pp_size: groups of ranks that follow each other with other layers.
     """
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -106,30 +116,32 @@ def process_groups(
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
-        yield _make_meshes(world, device, (ep_size, etp_size), tp_size, timeout_s)
+        ranks = torch.arange(world.size).view(pp_size, -1)
+        dense, experts = ranks.view(pp_size, -1, tp_size), ranks.view(pp_size, -1, ep_size, etp_size)
+        yield _make_meshes(world, device, dense, experts, timeout_s)
     finally:
         if not joined:
             dist.destroy_process_group()
 
 
 def _make_meshes(
-    world: World, device: torch.device, of_experts: tuple[int, int], tp_size: int, timeout_s: float
+    world: World, device: torch.device, dense: torch.Tensor, experts: torch.Tensor, timeout_s: float
 ) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
     nodes: list[int] = [0] * world.size
     dist.all_gather_object(nodes, world.node)
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
-    flat = DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("all",))
-    experts, dense = torch.arange(world.size).view(-1, *of_experts), torch.arange(world.size).view(-1, tp_size)
-    dispatch = experts.flatten(1)
+    dispatch = experts.flatten(2).flatten(0, 1).tolist()
     axes = {
-        "edp": dispatch.t().tolist(),
-        "ep": experts.transpose(1, 2).flatten(0, 1).tolist(),
-        "etp": experts.flatten(0, 1).tolist(),
-        "dispatch": dispatch.tolist(),
-        "dp": dense.t().tolist(),
-        "tp": dense.tolist(),
-        **_split_by_node(dispatch.tolist(), nodes),
+        "pp": _lines(dense, 0),
+        "dp": _lines(dense, 1),
+        "tp": _lines(dense, 2),
+        "edp": _lines(experts, 1),
+        "ep": _lines(experts, 2),
+        "etp": _lines(experts, 3),
+        "dispatch": dispatch,
+        "stage": dense.flatten(1).tolist(),
+        **_split_by_node(dispatch, nodes),
     }
     own: dict[str, dist.ProcessGroup] = {}
     for axis, groups in axes.items():
@@ -142,15 +154,22 @@ def _make_meshes(
         return DeviceMesh.from_group([own[name] for name in names], device.type, mesh=grid, mesh_dim_names=names)
 
     return Meshes(
-        dense=mesh(dense, "dp", "tp"),
-        experts=mesh(experts, "edp", "ep", "etp"),
+        dense=mesh(dense, "pp", "dp", "tp"),
+        experts=mesh(experts, "pp", "edp", "ep", "etp"),
         dispatch=own["dispatch"],
-        flat=flat,
+        stage=DeviceMesh.from_group(own["stage"], device.type, mesh_dim_names=("stage",)),
+        world=dist.group.WORLD,
         node_of_rank=nodes,
         timeout_s=timeout_s,
         ep_inside=own.get("ep_inside"),
         ep_across=own.get("ep_across"),
     )
+
+
+def _lines(grid: torch.Tensor, dim: int) -> list[list[int]]:
+    """The ranks of every line of a grid along a dim."""
+    lines: list[list[int]] = grid.movedim(dim, -1).flatten(0, -2).tolist()
+    return lines
 
 
 def _split_by_node(groups: list[list[int]], node_of_rank: list[int]) -> dict[str, list[list[int]]]:

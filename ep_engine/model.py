@@ -5,7 +5,7 @@ Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabu
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,50 +21,72 @@ Recompute = Literal["none", "selective", "full"]
 T = TypeVar("T")
 
 
-class DecoderOutput(NamedTuple):
-    """What a decoder returns."""
-
-    logits: Tensor  # (B, S, V)
-    routers: tuple[RouterStatistics, ...]  # of every MoE layer, in order
+Watch = Callable[[Tensor, dict[int, RouterStatistics]], Tensor]
+"""Sees what the routers of a pass did, by layer, and the hidden states, which it returns; it may add a loss to them."""
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm, head. Weights are left as they are made: a checkpoint or `initial.py` fills them."""
+    """Embedding, layers, norm, head, or a stage of them: the first has the embedding, the last norm and head.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Weights are left as they are made: a checkpoint or `initial.py` fills them.
+
+    Args:
+        config: of the whole model.
+        layers: of this stage; None: all.
+    """
+
+    def __init__(self, config: ModelConfig, layers: range | None = None) -> None:
         super().__init__()
+        here = range(config.num_layers) if layers is None else layers
+        d, v = config.hidden_size, config.vocab_size
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.unembed = Unembed()
+        self.watch: Watch = _no_watch
+        self.is_first, self.is_last = here.start == 0, here.stop == config.num_layers
+        head_is_embedding = self.is_last and config.tie_embeddings
+        rotary = Rotary(config)
+        self.embed = nn.Embedding(v, d) if self.is_first or head_is_embedding else None
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, rotary) for i in here})
+        if self.is_last:
+            self.norm = RMSNorm(d, config.rms_norm_eps)
+            self.head = None if config.tie_embeddings else nn.Linear(d, v, bias=False)
+            self.unembed = Unembed()
 
-    def forward(self, tokens_BS: Tensor) -> DecoderOutput:
-        """Token ids (B, S) int64 in [0, V) -> logits, causal."""
-        x_BSD = self.embed(tokens_BS)
-        cos_sin = rotary_table(self.config, tokens_BS.shape[1], tokens_BS.device)
-        routers: list[RouterStatistics] = []
-        for layer in self.layers:
-            x_BSD, router = layer(x_BSD, cos_sin)
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids (B, S) int64 in [0, V), or hidden states (B, S, D) -> logits (B, S, V), or hidden states; causal."""
+        if self.is_first:
+            assert self.embed is not None, "the first stage has one"
+            x = self.embed(x)
+        routers: dict[int, RouterStatistics] = {}
+        for i, layer in self.layers.items():
+            x, router = layer(x)
             if router is not None:
-                routers.append(router)
-        x_BSD = self.norm(x_BSD)
-        w_VD = self.embed.weight if self.head is None else self.head.weight
-        return DecoderOutput(self.unembed(x_BSD, w_VD), tuple(routers))
+                routers[int(i)] = router
+        x = self.watch(x, routers)
+        if not self.is_last:
+            return x
+        of_weights = self.embed if self.head is None else self.head
+        assert of_weights is not None, "the last stage has one"
+        logits_BSV: Tensor = self.unembed(self.norm(x), of_weights.weight)
+        return logits_BSV
 
     def recompute(self, what: Recompute) -> None:
         """Keep less for the backward."""
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer), "they were made as such"
+        for layer in self.decoder_layers().values():
             layer.recompute = what
         for moe in self.moe_layers().values():
             moe.experts.recompute = what == "selective"
 
+    def decoder_layers(self) -> dict[int, "DecoderLayer"]:
+        """All layers, by their index in the model."""
+        return {int(i): layer for i, layer in self.layers.items() if isinstance(layer, DecoderLayer)}
+
     def moe_layers(self) -> dict[int, MoELayer]:
         """The mixtures of experts, by the index of their layer."""
-        moes = {i: getattr(layer, "moe", None) for i, layer in enumerate(self.layers)}
-        return {i: moe for i, moe in moes.items() if isinstance(moe, MoELayer)}
+        return {i: layer.moe for i, layer in self.decoder_layers().items() if layer.is_moe}
+
+
+def _no_watch(x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
+    return x
 
 
 class Unembed(nn.Module):
@@ -78,10 +100,10 @@ class Unembed(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then a dense FFN or a mixture of experts, each on the normed residual stream."""
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, rotary: "Rotary") -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, rotary)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.moe is None:
             self.ffn = FeedForward(config)
@@ -90,21 +112,15 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.moe is not None
         self.recompute: Recompute = "none"
 
-    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, RouterStatistics | None]:
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RouterStatistics | None]:
         """(B, S, D) -> (B, S, D), and what the router did if there is one."""
         if self.recompute == "full":
             chosen: list[Tensor] = []  # experts are chosen once, whatever the second pass would round
-            return _computed_again(self._forward, x_BSD, cos_sin, chosen)
-        return self._forward(x_BSD, cos_sin)
+            return _computed_again(self._forward, x_BSD, chosen)
+        return self._forward(x_BSD)
 
-    def _forward(
-        self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor], chosen: list[Tensor] | None = None
-    ) -> tuple[Tensor, RouterStatistics | None]:
-        attended_BSD = (
-            _computed_again(self._attend, x_BSD, cos_sin)
-            if self.recompute == "selective"
-            else self._attend(x_BSD, cos_sin)
-        )
+    def _forward(self, x_BSD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics | None]:
+        attended_BSD = _computed_again(self._attend, x_BSD) if self.recompute == "selective" else self._attend(x_BSD)
         x_BSD = x_BSD + attended_BSD
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
@@ -112,8 +128,8 @@ class DecoderLayer(nn.Module):
         y_TD, router = self.moe(h_BSD.flatten(0, 1), chosen)
         return x_BSD + y_TD.view_as(x_BSD), router
 
-    def _attend(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), cos_sin)
+    def _attend(self, x_BSD: Tensor) -> Tensor:
+        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD))
         return y_BSD
 
 
@@ -126,18 +142,19 @@ def _computed_again(function: Callable[..., T], *inputs: Any) -> T:
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rotary: "Rotary") -> None:
         super().__init__()
         d, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.head_dim = head_dim
+        self.head_dim, self.rotary = head_dim, rotary
         self.w_q = nn.Linear(d, config.num_heads * head_dim, bias=bias)
         self.w_k = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
         self.w_v = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
         self.w_o = nn.Linear(config.num_heads * head_dim, d, bias=bias)
 
-    def forward(self, x_BSD: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
         q, k, v = (self._heads(w(x_BSD)) for w in (self.w_q, self.w_k, self.w_v))
+        cos_sin = self.rotary.table(q.shape[2], q.device)
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         y_BHSd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         out: Tensor = self.w_o(y_BHSd.transpose(1, 2).flatten(2))
@@ -184,6 +201,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions in the half-split layout of Hugging Face: (B, heads, S, d) with tables (S, d), in x's dtype."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Rotary:
+    """The rotary table of a model, which its layers share; made anew for another length."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._made: tuple[int, torch.device, tuple[Tensor, Tensor]] | None = None
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, see `rotary_table`."""
+        if self._made is None or self._made[:2] != (length, device):
+            self._made = length, device, rotary_table(self._config, length, device)
+        return self._made[2]
 
 
 def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The optimiser: fused AdamW on sharded weights, a cosine schedule, and the gradient norm over all ranks."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -11,34 +12,37 @@ from torch.distributed.tensor import DTensor
 from ep_engine.config import TrainSection
 from ep_engine.entries import Shard
 from ep_engine.model import Decoder
-from ep_engine.parallelize import entries_of
+from ep_engine.parallelize import entries_of, named_parameters
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(model: Decoder, train: TrainSection) -> torch.optim.AdamW:
+def make_optimizer(stages: Sequence[Decoder], train: TrainSection) -> torch.optim.AdamW:
     """AdamW, arXiv:1711.05101, with its moments made at once, so that a checkpoint can be loaded into them."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    parameters = [p for _, p in named_parameters(stages)]
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
         fused=True,
     )
-    for parameter in model.parameters():
+    for parameter in parameters:
         moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
         step = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
         optimizer.state[parameter] = {"step": step, **moments}
     return optimizer
 
 
-def moment_entries(model: Decoder, optimizer: torch.optim.AdamW, *, etp: DeviceMesh | None = None) -> dict[str, Shard]:
+def moment_entries(
+    stages: Sequence[Decoder], optimizer: torch.optim.AdamW, *, etp: DeviceMesh | None = None
+) -> dict[str, Shard]:
     """Checkpoint entries of both moments, `exp_avg/<entry of the weight>` and `exp_avg_sq/...`; see `entries_of`."""
     entries: dict[str, Shard] = {}
     for moment in _MOMENTS:
-        tensors = {name: optimizer.state[p][moment] for name, p in model.named_parameters()}
-        entries |= entries_of(model, tensors, f"{moment}/", etp=etp)
+        tensors = {name: optimizer.state[p][moment] for name, p in named_parameters(stages)}
+        entries |= entries_of(stages, tensors, f"{moment}/", etp=etp)
     return entries
 
 
@@ -57,15 +61,15 @@ def learning_rate(train: TrainSection, step: int) -> float:
     return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * falling
 
 
-def sum_over_ranks(loss: Tensor, model: Decoder, group: dist.ProcessGroup) -> tuple[float, float]:
+def sum_over_ranks(loss: Tensor, stages: Sequence[Decoder], group: dist.ProcessGroup) -> tuple[float, float]:
     """The loss and the gradient norm of all ranks.
 
     Args:
         loss: this rank's share of the loss, a scalar.
-        model: after the backward pass.
+        stages: after the backward pass.
         group: all ranks.
     """
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    grads = [p.grad for _, p in named_parameters(stages) if p.grad is not None]
     squares = torch.stack([_local(grad).float().square().sum() / _copies(grad) for grad in grads]).sum()
     both = torch.stack((loss.detach().float(), squares))
     dist.all_reduce(both, group=group)
@@ -73,10 +77,10 @@ def sum_over_ranks(loss: Tensor, model: Decoder, group: dist.ProcessGroup) -> tu
     return total, math.sqrt(square) if square >= 0 else math.nan
 
 
-def clip_gradients(model: Decoder, norm: float, largest: float) -> None:
+def clip_gradients(stages: Sequence[Decoder], norm: float, largest: float) -> None:
     """Scale all gradients so that their global norm is at most `largest`."""
     if norm > largest:
-        for parameter in model.parameters():
+        for _, parameter in named_parameters(stages):
             if parameter.grad is not None:
                 _local(parameter.grad).mul_(largest / norm)
 

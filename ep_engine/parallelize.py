@@ -1,13 +1,14 @@
-"""Joins a model and the meshes: experts over ep, dense weights over tp and dp, experts' copies over edp.
+"""Joins a model and the meshes: layers over pp, experts over ep, the rest over tp and dp, copies of experts over edp.
 
 The model is single-device code and stays so; this file gives its MoE layers their site and transport, splits its
 matrices with DTensor, and shards its weights with FSDP2.
 
 With tp > 1 the residual stream is split along the sequence (arXiv:2205.05198): a rank norms, routes and dispatches its
 own part of every row. What does so has whole weights and gradients from tokens of its own, so it is sharded over all
-ranks, like the weights of a data-parallel model.
+ranks of its stage, like the weights of a data-parallel model.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ep_engine.config import MoESection
-from ep_engine.connect import connect
+from ep_engine.connect import Connection, connect
 from ep_engine.entries import Shard, module_entries
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
@@ -35,6 +36,7 @@ from ep_engine.model import Decoder, RMSNorm
 from ep_engine.model_config import ModelConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
+from ep_engine.stages import Stages
 
 _DEFAULT = MoESection()
 
@@ -49,7 +51,8 @@ def build(
     travel: MoESection = _DEFAULT,
     reshard_after_forward: bool = False,
     tokens: int = 0,
-) -> tuple[Decoder, Ledger]:
+    stages: Stages | None = None,
+) -> tuple[list[Decoder], Ledger]:
     """Make this rank's part of a model, its weights not yet set.
 
     Gradients are summed, not averaged, over ranks: divide the loss by the number of tokens of all ranks.
@@ -63,9 +66,10 @@ def build(
         travel: how tokens travel to their experts; its placement is not read.
         reshard_after_forward: gather weights again for the backward instead of keeping them.
         tokens: the most that a rank has in one pass; transport cuda_ipc needs to know.
+        stages: of the pipeline; None: every rank has all layers.
 
     Returns:
-        The model, and the ledger in which its layers write.
+        The stages of this rank, ascending, and the ledger in which their layers write.
     """
     etp = meshes.experts["etp"].size()
     ledger = Ledger(meshes.ep_tiers())
@@ -81,20 +85,34 @@ def build(
             one_hop=travel.fixed_rows is not None,
             largest_exchange=_largest_exchange(config, travel, tokens, meshes.dispatch.size(), etp),
         )
-    with torch.device("meta"):
-        model = Decoder(config)
-        if connection is not None and placement is not None:
-            for i, moe in model.moe_layers().items():
-                per_copy = travel.combine == "per_expert"
-                rank = dist.get_rank(meshes.dispatch)
-                site = Site.of(placement, i, cut, rank, one_row_per_copy=per_copy, parts=etp)
-                links = connection.links(ledger, i)
-                moe.join(site, *links, fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
-    if meshes.dense["tp"].size() > 1:
-        _split(model, meshes.dense["tp"])
-    _shard(model, meshes, dtype, reshard_after_forward)
-    model.to_empty(device=device)
-    return model, ledger
+    layout = stages or Stages.of(config.num_layers, 1, "1f1b")
+    models = []
+    for number in layout.on(meshes.dense["pp"].get_local_rank()):
+        with torch.device("meta"):
+            model = Decoder(config, layout.layers[number])
+            if connection is not None and placement is not None:
+                _join_ranks(model, placement, meshes, connection, ledger, travel)
+        if meshes.dense["tp"].size() > 1:
+            _split(model, meshes.dense["tp"])
+        _shard(model, meshes, dtype, reshard_after_forward)
+        models.append(model.to_empty(device=device))
+    return models, ledger
+
+
+def _join_ranks(
+    model: Decoder,
+    placement: Placement,
+    meshes: Meshes,
+    connection: Connection,
+    ledger: Ledger,
+    travel: MoESection,
+) -> None:
+    """Make the MoE layers parts of their group."""
+    cut, rank = placement.cut(meshes.experts["ep"].size()), dist.get_rank(meshes.dispatch)
+    per_copy, parts = travel.combine == "per_expert", meshes.experts["etp"].size()
+    for i, moe in model.moe_layers().items():
+        site = Site.of(placement, i, cut, rank, one_row_per_copy=per_copy, parts=parts)
+        moe.join(site, *connection.links(ledger, i), fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
 
 
 def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, num_ranks: int, parts: int) -> int:
@@ -108,13 +126,14 @@ def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, num_
 def _split(model: Decoder, tp: DeviceMesh) -> None:
     """Megatron's tensor and sequence parallelism (arXiv:1909.08053, arXiv:2205.05198), vocabulary included."""
     sequence, whole = Split(1), Replicate()
-    plan: dict[str, ParallelStyle] = {
-        "embed": RowwiseParallel(input_layouts=whole, output_layouts=sequence),
-        "unembed": PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None)),
-    }
-    for i, layer in enumerate(model.layers):
+    plan: dict[str, ParallelStyle] = {}
+    if model.embed is not None:
+        plan["embed"] = RowwiseParallel(input_layouts=whole, output_layouts=sequence)
+    if model.is_last:
+        plan["unembed"] = PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None))
+    for i, layer in model.decoder_layers().items():
         at = f"layers.{i}.attention"
-        plan[at] = PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None))
+        plan[at] = PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,))
         plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_q", "w_k", "w_v")}
         plan[f"{at}.w_o"] = RowwiseParallel(output_layouts=sequence)
         if not layer.is_moe:
@@ -123,7 +142,7 @@ def _split(model: Decoder, tp: DeviceMesh) -> None:
             plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_gate", "w_up")}
             plan[f"{at}.w_down"] = RowwiseParallel(output_layouts=sequence)
     parallelize_module(model, tp, plan)
-    if model.head is not None:
+    if model.is_last and model.head is not None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, tp, [Split(0)]))
 
 
@@ -137,11 +156,11 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
     for moe in model.moe_layers().values():
         fully_shard(moe.experts, mesh=meshes.experts["edp"], mp_policy=uncast, reshard_after_forward=reshard)
         if dtype != torch.float32 or split:
-            fully_shard(moe.router, mesh=meshes.flat, mp_policy=exact, reshard_after_forward=reshard)
+            fully_shard(moe.router, mesh=meshes.stage, mp_policy=exact, reshard_after_forward=reshard)
     if split:
         for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
-            fully_shard(norm, mesh=meshes.flat, mp_policy=compute, reshard_after_forward=reshard)
-    for layer in model.layers:
+            fully_shard(norm, mesh=meshes.stage, mp_policy=compute, reshard_after_forward=reshard)
+    for layer in model.decoder_layers().values():
         fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=reshard)
     fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)
     for module in model.modules():
@@ -152,12 +171,23 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
 
 
 def entries_of(
-    model: Decoder, tensors: dict[str, DTensor] | None = None, prefix: str = "", *, etp: DeviceMesh | None = None
+    stages: Sequence[Decoder],
+    tensors: dict[str, DTensor] | None = None,
+    prefix: str = "",
+    *,
+    etp: DeviceMesh | None = None,
 ) -> dict[str, Shard]:
     """Checkpoint entries of this rank's weights, or of tensors that lie as they do (moments), under `prefix`.
 
     `etp` is the mesh of the ranks that split each expert; None: they are whole.
     """
-    named = dict(model.named_parameters()) if tensors is None else tensors
-    expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in model.moe_layers().items()}
+    named = dict(named_parameters(stages)) if tensors is None else tensors
+    moes = {i: moe for stage in stages for i, moe in stage.moe_layers().items()}
+    expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in moes.items()}
     return module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, etp)
+
+
+def named_parameters(stages: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of this rank, under their names in the whole model."""
+    for stage in stages:
+        yield from stage.named_parameters()

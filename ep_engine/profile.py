@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ep_engine import checkpoint, ops
 from ep_engine.checkpoint import read_manifest
 from ep_engine.collaboration import Profile
 from ep_engine.errors import UserError
+from ep_engine.load_balance import RouterStatistics
 from ep_engine.model import Decoder
 from ep_engine.model_config import read_model_config
 from ep_engine.parallelize import entries_of
@@ -61,11 +63,17 @@ def profile(
         )
     experts = config.moe.num_experts
     counts_LEE = torch.zeros(config.num_layers, experts, experts, dtype=torch.int64)
+
+    def count(x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
+        for layer, router in routers.items():
+            ops.count_pairs(router.ids_TK, counts_LEE[layer])
+        return x
+
+    model.watch = count
     for start in range(0, num_windows, _ROWS):
         windows = range(start, min(start + _ROWS, num_windows))
         inputs_BS = torch.cat([batches.batch(window)[0] for window in windows])
-        for counts_EE, router in zip(counts_LEE, model(inputs_BS).routers, strict=True):
-            ops.count_pairs(router.ids_TK, counts_EE)
+        model(inputs_BS)
         advance((start + len(windows)) * sequence_length)
     about = {
         "tokens": num_windows * sequence_length,
@@ -81,7 +89,7 @@ def load_model(folder: Path, device: torch.device) -> Decoder:
     with torch.device("meta"):
         model = Decoder(read_model_config(folder / "model.json"))
     model.to_empty(device=device)
-    checkpoint.load(folder, entries_of(model))
+    checkpoint.load(folder, entries_of([model]))
     return model.eval()
 
 

@@ -10,10 +10,12 @@ from ep_engine.checkpoint import newest, read_manifest, tokenizer_folder
 from ep_engine.collaboration import collaboration_lists, read_profile
 from ep_engine.config import RunConfig, differing
 from ep_engine.errors import UserError
+from ep_engine.layout import check_ranks, check_split, make_stages
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence, read_model_config
 from ep_engine.ops import MAX_SHARERS, MAX_TOP_K
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
+from ep_engine.stages import Stages
 from ep_engine.tokens import Batches, TokenFile, heldout_batches
 
 _INPUTS = (
@@ -38,6 +40,7 @@ class Run:
 
     config: RunConfig
     model: ModelConfig
+    stages: Stages  # of the pipeline
     placement: Placement | None  # of a MoE model
     checkpoint: Path | None  # whose weights to load; None: new weights
     resume: Path | None  # checkpoint with moments and a step to go on from
@@ -57,14 +60,15 @@ def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
     Raises:
         UserError: the ranks, the experts, the placement, the lists, the data or the run folder do not fit.
     """
-    _check_ranks(config, world_size)
+    check_ranks(config, world_size)
     resume = _last_checkpoint(config) if config.output.resume else None
     if not config.output.resume:
         check_output_folder(config.output.folder, overwrite=overwrite)
         _check_apart(config)
     checkpoint = resume or config.model.checkpoint
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
-    _check_split(config, model)
+    check_split(config, model)
+    stages = make_stages(config, model)
     placement = _placement(config, model)
     if placement is not None:
         _check_transport(config, placement, ranks_per_node or world_size)
@@ -76,53 +80,7 @@ def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
     train = TokenFile(config.data.train, vocab_size=model.vocab_size)
     heldout = TokenFile(config.data.heldout, vocab_size=model.vocab_size) if config.data.heldout else None
     _check_data(config, train, heldout)
-    return Run(config, _routed(config, model, placement), placement, checkpoint, resume, train, heldout)
-
-
-def _check_ranks(config: RunConfig, world_size: int) -> None:
-    parallel = config.parallel
-    tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
-    if world_size % tp:
-        raise UserError(
-            f"parallel.tensor_parallel_size ({tp}) must divide the {world_size} ranks of the job (WORLD_SIZE); choose "
-            "another number of ranks"
-        )
-    dp = parallel.data_parallel_size or world_size // tp
-    if dp * tp != world_size:
-        times = f" times parallel.tensor_parallel_size ({tp})" if tp > 1 else ""
-        raise UserError(
-            f"parallel.data_parallel_size ({dp}){times} needs {dp * tp} ranks, but the job has {world_size} "
-            f"(WORLD_SIZE); start torchrun with {dp * tp}, or leave data_parallel_size out"
-        )
-    etp = parallel.expert_tensor_parallel_size
-    if world_size % (ep * etp):
-        times = f" times parallel.expert_tensor_parallel_size ({etp})" if etp > 1 else ""
-        raise UserError(
-            f"parallel.expert_parallel_size ({ep}){times} must divide the {world_size} ranks of the job (WORLD_SIZE); "
-            "choose another number of ranks"
-        )
-    parts = config.train.micro_batches
-    if config.data.batch_size % (dp * parts):
-        times = f" times train.micro_batches ({parts})" if parts > 1 else ""
-        raise UserError(
-            f"data.batch_size ({config.data.batch_size}) must be a multiple of the {dp} ranks that share it{times}; "
-            "choose another size"
-        )
-
-
-def _check_split(config: RunConfig, model: ModelConfig) -> None:
-    """Whether tensor parallelism can cut everything evenly."""
-    tp = config.parallel.tensor_parallel_size
-    cut = {
-        "data.sequence_length": config.data.sequence_length,
-        "the model's number of heads": model.num_heads,
-        "the model's number of key/value heads": model.num_kv_heads,
-        "the model's vocabulary": model.vocab_size,
-        "the model's intermediate size": model.intermediate_size if model.moe is None else tp,
-    }
-    for name, size in cut.items():
-        if size % tp:
-            raise UserError(f"parallel.tensor_parallel_size ({tp}) must divide {name} ({size}); choose a smaller one")
+    return Run(config, _routed(config, model, placement), stages, placement, checkpoint, resume, train, heldout)
 
 
 def _check_apart(config: RunConfig) -> None:

@@ -24,18 +24,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor.parallel import loss_parallel
 
-from ep_engine import checkpoint, ops
+from ep_engine import checkpoint
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import Fault, UserError
 from ep_engine.evaluate import Evaluation, entropy_sum, evaluate
 from ep_engine.initial import initialise
 from ep_engine.ledger import Ledger
-from ep_engine.load_balance import load_balance_loss
 from ep_engine.mesh import Meshes, World, process_groups
-from ep_engine.model import Decoder
 from ep_engine.optimizer import (
     clip_gradients,
     learning_rate,
@@ -46,19 +43,14 @@ from ep_engine.optimizer import (
 )
 from ep_engine.output import whole_file
 from ep_engine.parallelize import build, entries_of
+from ep_engine.pipeline import Pipeline
 from ep_engine.resolve import Run
 from ep_engine.tokens import Batches, heldout_batches
 from ep_engine.transport import lost_peer
+from ep_engine.watch import RouterWatch
 
 # What gloo, NCCL and torch.distributed say when a peer is gone or silent.
 _BACKENDS = re.compile(r"gloo|nccl|ProcessGroup|Connection (closed|reset)|Timed out waiting", re.IGNORECASE)
-
-
-def _no_pairs(run: Run, device: torch.device) -> Tensor:
-    """(L, E, E) int64 zeros for `ops.count_pairs`; no layers in a dense model."""
-    moe = run.model.moe
-    layers, experts = (run.model.num_layers, moe.num_experts) if moe else (0, 0)
-    return torch.zeros(layers, experts, experts, dtype=torch.int64, device=device)
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -85,6 +77,7 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
         parallel.timeout_s,
         tp_size=parallel.tensor_parallel_size,
         etp_size=parallel.expert_tensor_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
     )
     with groups as meshes:
         trainer = Trainer(run, meshes, device)
@@ -100,7 +93,6 @@ class _Window:
     started: float = field(default_factory=time.perf_counter)
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
-    load_LE: Tensor | None = None
 
 
 class Trainer:
@@ -109,7 +101,7 @@ class Trainer:
     def __init__(self, run: Run, meshes: Meshes, device: torch.device) -> None:
         self.run, self.device = run, device
         self.config: RunConfig = run.config
-        self.group: dist.ProcessGroup = meshes.flat.get_group()
+        self.group: dist.ProcessGroup = meshes.world
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.dp_rank, self.dp_size, self.tp_size = (
             meshes.dense["dp"].get_local_rank(),
@@ -117,37 +109,58 @@ class Trainer:
             meshes.dense["tp"].size(),
         )
         self.etp = meshes.experts["etp"]
-        self.model: Decoder
-        self.model, self.ledger = build(
+        data, train = self.config.data, self.config.train
+        rows = data.batch_size // train.micro_batches  # of a part of a batch
+        self.tokens_per_step = data.batch_size * data.sequence_length
+        dtype: torch.dtype = getattr(torch, train.dtype)
+        self.stages, self.ledger = build(
             run.model,
             run.placement,
             meshes,
             device=device,
-            dtype=getattr(torch, self.config.train.dtype),
+            dtype=dtype,
             travel=self.config.moe,
             reshard_after_forward=self.config.parallel.reshard_after_forward,
-            tokens=self.config.data.batch_size * self.config.data.sequence_length // self.num_ranks,
+            tokens=rows * data.sequence_length // meshes.stage.size(),
+            stages=run.stages,
         )
-        self.model.recompute(self.config.train.recompute)
-        self.optimizer = make_optimizer(self.model, self.config.train)
+        self.watch = RouterWatch(
+            run.model,
+            device,
+            meshes.stage.get_group(),
+            coefficient=train.load_balance,
+            num_tokens=rows * data.sequence_length,
+            num_parts=train.micro_batches,
+        )
+        for stage in self.stages:
+            stage.recompute(train.recompute)
+            stage.watch = self.watch
+        self.pipeline = Pipeline(
+            self.stages,
+            run.stages,
+            meshes,
+            self.config.parallel.pipeline_schedule,
+            part_shape=(rows // self.dp_size, data.sequence_length),
+            num_parts=train.micro_batches,
+            dtype=dtype,
+            # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
+            loss=lambda logits, targets: entropy_sum(logits, targets) / self.tokens_per_step,
+        )
+        self.optimizer = make_optimizer(self.stages, train)
         self.step = self.first_step = self._load()
-        data, train = self.config.data, self.config.train
-        rows = data.batch_size // train.micro_batches
         self.batches = Batches(run.train, sequence_length=data.sequence_length, batch_size=rows, seed=train.seed)
-        self.tokens_per_step = data.batch_size * data.sequence_length
         self.total = Ledger(self.ledger.tier_of_rank)
         self.speeds: list[float] = []
         self.loads_LE: Tensor | None = None
-        self.pairs_LEE = _no_pairs(run, device)
         self.last_saved: Path | None = None
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
-        weights = entries_of(self.model, etp=self.etp)
+        weights = entries_of(self.stages, etp=self.etp)
         if self.run.checkpoint is None:
             initialise(weights, self.run.model, self.config.train.seed)
             return 0
-        moments = moment_entries(self.model, self.optimizer, etp=self.etp) if self.run.resume else {}
+        moments = moment_entries(self.stages, self.optimizer, etp=self.etp) if self.run.resume else {}
         kept = checkpoint.load(self.run.checkpoint, {**weights, **moments}, group=self.group)
         step: int = kept["step"] if self.run.resume else 0
         set_step(self.optimizer, step)
@@ -192,8 +205,9 @@ class Trainer:
 
     def _one_step(self, window: _Window) -> None:
         train = self.config.train
-        shares = [self._forward_and_backward(part, window) for part in range(train.micro_batches)]
-        total, norm = sum_over_ranks(torch.stack(shares).sum(), self.model, self.group)
+        share = self.pipeline.train([self._part(i) for i in range(train.micro_batches)])
+        # Ranks of a tp group have the same loss.
+        total, norm = sum_over_ranks(share / self.tp_size, self.stages, self.group)
         if not (math.isfinite(total) and math.isfinite(norm)):
             kept = self.last_saved or self.run.resume
             raise Fault(
@@ -202,7 +216,7 @@ class Trainer:
                 "train.learning_rate",
                 everywhere=True,
             )
-        clip_gradients(self.model, norm, train.clip_grad_norm)
+        clip_gradients(self.stages, norm, train.clip_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, self.step)
         self.optimizer.step()
@@ -212,32 +226,14 @@ class Trainer:
         window.losses.append(total)
         self.last_norm = norm
 
-    def _forward_and_backward(self, part: int, window: _Window) -> Tensor:
-        """One micro-batch; returns this rank's share of the loss of the batch."""
-        train = self.config.train
+    def _part(self, part: int) -> tuple[Tensor, Tensor]:
+        """This rank's rows of a part of the next batch."""
+        number = self.step * self.config.train.micro_batches + part
         try:
-            inputs_BS, targets_BS = self.batches.batch(
-                self.step * train.micro_batches + part, self.dp_rank, self.dp_size
-            )
+            inputs_BS, targets_BS = self.batches.batch(number, self.dp_rank, self.dp_size)
         except UserError as error:  # text that only this rank has read: not said before the start, nor by all
             raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
-        # Gradients are summed over ranks once, after the last part.
-        self.model.set_requires_gradient_sync(part == train.micro_batches - 1)  # type: ignore[operator]  # FSDP2's
-        output = self.model(inputs_BS.to(self.device))
-        # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
-        share = entropy_sum(output.logits, targets_BS.to(self.device)) / self.tokens_per_step
-        loss = share
-        if output.routers and train.load_balance > 0:
-            balance = load_balance_loss(output.routers, self.tokens_per_step // train.micro_batches, self.group)
-            loss = share + train.load_balance / train.micro_batches * balance
-        with loss_parallel():
-            loss.backward()
-        if output.routers:
-            load_LE = torch.stack([router.load_E for router in output.routers])
-            window.load_LE = load_LE if window.load_LE is None else window.load_LE + load_LE
-            for pairs_EE, router in zip(self.pairs_LEE, output.routers, strict=True):
-                ops.count_pairs(router.ids_TK, pairs_EE)
-        return share.detach() / self.tp_size  # ranks of a tp group have the same
+        return inputs_BS.to(self.device), targets_BS.to(self.device)
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
@@ -251,14 +247,16 @@ class Trainer:
             "tokens_per_second": window.tokens / seconds,
         }
         self.speeds.append(line["tokens_per_second"])
-        if window.load_LE is not None:
-            dist.all_reduce(window.load_LE, group=self.group)
-            self.loads_LE = window.load_LE if self.loads_LE is None else self.loads_LE + window.load_LE
+        if self.run.model.moe is not None:
+            load_LE = self.watch.load_LE.clone()
+            self.watch.load_LE.zero_()
+            dist.all_reduce(load_LE, group=self.group)
+            self.loads_LE = load_LE if self.loads_LE is None else self.loads_LE + load_LE
             ledger = self.ledger.gathered(self.group)
             self.ledger.reset()
             self.total.add(ledger)
             line |= {
-                "load_max_over_mean": max_over_mean(window.load_LE),
+                "load_max_over_mean": max_over_mean(load_LE),
                 "bytes_per_token": ledger.bytes_per_token(),
                 "devices_per_token": ledger.rows_per_token("dedup", remote=False),
             }
@@ -312,10 +310,11 @@ class Trainer:
             rank=self.dp_rank,
             num_ranks=self.dp_size,
         )
-        return evaluate(self.model, batches, self.device, self.group, sharing=self.tp_size)
+        moe_layers = self.run.model.num_layers if self.run.model.moe else 0
+        return evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
 
     def _save(self, folder: Path) -> None:
-        entries = entries_of(self.model, etp=self.etp) | moment_entries(self.model, self.optimizer, etp=self.etp)
+        entries = entries_of(self.stages, etp=self.etp) | moment_entries(self.stages, self.optimizer, etp=self.etp)
         path = folder / "checkpoints" / f"step_{self.step:06}"
         checkpoint.save(
             path,
@@ -335,10 +334,10 @@ class Trainer:
         moe = self.run.model.moe
         if moe is None:
             return
-        dist.all_reduce(self.pairs_LEE, group=self.group)
+        dist.all_reduce(self.watch.pairs_LEE, group=self.group)
         about = {"tokens": (self.step - self.first_step) * self.tokens_per_step, "seed": self.config.train.seed}
         if self.rank == 0:
-            Profile.of_pairs(self.pairs_LEE.cpu().numpy(), moe.top_k, about).save(folder / "profile.npz")
+            Profile.of_pairs(self.watch.pairs_LEE.cpu().numpy(), moe.top_k, about).save(folder / "profile.npz")
 
     def _open_folder(self, folder: Path) -> None:
         if self.rank == 0:

@@ -57,11 +57,11 @@ def test_any_layout_loads_and_saves_the_same_bits(
 def _load_and_save(rank: int, world_size: int, source: Path, out: Path, ep_size: int, name: str) -> None:
     with process_groups(World(rank=rank, size=world_size), CPU, ep_size, 60.0) as meshes:
         config = read_model_config(source / "model.json")
-        model, _ = build(config, placements(ep_size)[name], meshes, device=CPU, dtype=torch.float32)
-        checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
+        stages, _ = build(config, placements(ep_size)[name], meshes, device=CPU, dtype=torch.float32)
+        checkpoint.load(source, entries_of(stages), group=dist.group.WORLD)
         train = small_run(source.parent, "unused").train
-        moments = moment_entries(model, make_optimizer(model, train))
-        entries = {**entries_of(model), **moments}
+        moments = moment_entries(stages, make_optimizer(stages, train))
+        entries = {**entries_of(stages), **moments}
         checkpoint.save(out, config, entries, training={"step": 3}, source=source, group=dist.group.WORLD)
 
 
@@ -72,8 +72,8 @@ def test_no_expert_is_held_twice_or_left_out(source: Path) -> None:
 def _check_experts(rank: int, world_size: int, source: Path) -> None:
     with process_groups(World(rank=rank, size=world_size), CPU, 2, 60.0) as meshes:
         config = read_model_config(source / "model.json")
-        model, _ = build(config, placements(2)["shuffled"], meshes, device=CPU, dtype=torch.float32)
-        mine = [name for name in entries_of(model) if "experts" in name]
+        stages, _ = build(config, placements(2)["shuffled"], meshes, device=CPU, dtype=torch.float32)
+        mine = [name for name in entries_of(stages) if "experts" in name]
         parts: list[list[str]] = [[]] * world_size
         dist.all_gather_object(parts, mine)
         everything = [name for part in parts for name in part]
@@ -89,9 +89,9 @@ def test_a_checkpoint_of_another_model_is_refused_on_every_rank(source: Path) ->
 def _load_other(rank: int, world_size: int, source: Path) -> None:
     with process_groups(World(rank=rank, size=world_size), CPU, 1, 60.0) as meshes:
         config = read_model_config(source / "model.json").model_copy(update={"hidden_size": 16, "head_dim": 4})
-        model, _ = build(config, placements(1)["by id"], meshes, device=CPU, dtype=torch.float32)
+        stages, _ = build(config, placements(1)["by id"], meshes, device=CPU, dtype=torch.float32)
         with pytest.raises(ValueError, match=r"has shape .* the model expects .*; it is of another model"):
-            checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
+            checkpoint.load(source, entries_of(stages), group=dist.group.WORLD)
 
 
 @pytest.mark.parametrize("full", [0, 1])
@@ -108,27 +108,27 @@ def test_words_that_the_leader_cannot_write_are_a_fault_on_all(source: Path, tmp
 def _leave_the_leader_without_words(rank: int, world_size: int, source: Path, out: Path) -> None:
     with process_groups(World(rank=rank, size=world_size), CPU, 2, 60.0) as meshes:
         config = read_model_config(source / "model.json")
-        model, _ = build(config, placements(2)["by id"], meshes, device=CPU, dtype=torch.float32)
-        checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
+        stages, _ = build(config, placements(2)["by id"], meshes, device=CPU, dtype=torch.float32)
+        checkpoint.load(source, entries_of(stages), group=dist.group.WORLD)
         no_json = {"step": {1, 2}}
         with pytest.raises(Fault, match="not JSON serializable"):
-            checkpoint.save(out, config, entries_of(model), training=no_json, group=dist.group.WORLD)
+            checkpoint.save(out, config, entries_of(stages), training=no_json, group=dist.group.WORLD)
 
 
 def _fill_the_disk(rank: int, world_size: int, source: Path, out: Path, full: int) -> None:
     with process_groups(World(rank=rank, size=world_size), CPU, 2, 60.0) as meshes:
         config = read_model_config(source / "model.json")
-        model, _ = build(config, placements(2)["by id"], meshes, device=CPU, dtype=torch.float32)
-        checkpoint.load(source, entries_of(model), group=dist.group.WORLD)
+        stages, _ = build(config, placements(2)["by id"], meshes, device=CPU, dtype=torch.float32)
+        checkpoint.load(source, entries_of(stages), group=dist.group.WORLD)
         if rank == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, resource.RLIM_INFINITY))
         with pytest.raises(Fault, match="no room to write"):
-            checkpoint.save(out, config, entries_of(model), group=dist.group.WORLD)
+            checkpoint.save(out, config, entries_of(stages), group=dist.group.WORLD)
 
 
 def test_a_model_in_one_process_loads_without_a_group(source: Path) -> None:
     model = Decoder(read_model_config(source / "model.json"))
-    entries = entries_of(model)
+    entries = entries_of([model])
     checkpoint.load(source, entries)
     sums = {name: f"{value:016x}" for name, value in checkpoint.checksums(entries, None).items()}
     assert sums == checkpoint.read_manifest(source)["checksums"]

@@ -14,6 +14,7 @@ from ep_engine import reference
 from ep_engine.cli import app
 from ep_engine.collaboration import read_profile
 from ep_engine.command_line import exit_with_sentence
+from ep_engine.load_balance import RouterStatistics
 from ep_engine.place import place
 from ep_engine.placement import read_placement
 from ep_engine.profile import load_model
@@ -58,9 +59,12 @@ def test_profile_counts_what_the_model_chose(run: Command, files: Path, tmp_path
     found = read_profile(tmp_path / "p.npz")
     batches = Batches(TokenFile(files / "train"), sequence_length=16, batch_size=1, seed=3)
     model = load_model(files / "moe", torch.device("cpu"))
+    routers: dict[int, RouterStatistics] = {}
+    model.watch = lambda x, seen: (routers.update(seen), x)[1]
     with torch.no_grad():
-        routers = model(torch.cat([batches.batch(window)[0] for window in range(12)])).routers
-    for layer, router in enumerate(routers):
+        model(torch.cat([batches.batch(window)[0] for window in range(12)]))
+    assert sorted(routers) == [0, 1]
+    for layer, router in routers.items():
         expected = reference.count_pairs(router.ids_TK, 8).numpy()
         assert np.array_equal(found.load[layer], expected.diagonal())
         assert np.array_equal(found.counts[layer], expected - np.diag(expected.diagonal()))

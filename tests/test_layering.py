@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    "errors", "output", "progress", "machine", "checksum", "model_config", "config",  # foundations
+    "errors", "output", "progress", "machine", "checksum", "stages", "model_config", "config",  # foundations
     "debug", "ops", "placement", "ledger", "reference", "message", "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "entries", "checkpoint", "initial", "collaboration",  # what it reads and writes
-    "mesh", "connect", "parallelize", "optimizer", "evaluate", "resolve", "trainer",  # what trains it
+    "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch",  # what shares it over ranks
+    "layout", "resolve", "trainer",  # what trains it
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
 ]  # fmt: skip
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.moe_layer import activation_bytes
-from ep_engine.model import Decoder, DecoderLayer, Recompute, rotary_table
+from ep_engine.model import Decoder, Recompute
 from ep_engine.model_config import ModelConfig, MoEConfig
 
 CONFIG = ModelConfig(
@@ -25,12 +25,10 @@ class OneLayer(nn.Module):
         for parameter in decoder.parameters():
             nn.init.normal_(parameter, std=0.2)
         decoder.recompute(what)
-        layer = decoder.layers[0]
-        assert isinstance(layer, DecoderLayer)
-        self.layer = layer
+        self.layer = decoder.decoder_layers()[0]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        y_BSD, _ = self.layer(x_BSD, rotary_table(CONFIG, x_BSD.shape[1], x_BSD.device))
+        y_BSD, _ = self.layer(x_BSD)
         assert isinstance(y_BSD, Tensor)
         return y_BSD
 

@@ -1,0 +1,55 @@
+"""Watch: what a run learns of its routers while it trains, and the loss that keeps their experts equally busy.
+
+Shape letters:  L layers of the model   E experts
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_engine import ops
+from ep_engine.load_balance import RouterStatistics, load_balance_loss, with_loss
+from ep_engine.model_config import ModelConfig
+
+
+class RouterWatch:
+    """Counts of the tokens of this rank; layers that are elsewhere stay 0.
+
+    Args:
+        model: with experts or without.
+        device: of the counts.
+        stage: the ranks that share the batch and the layers.
+        coefficient: of the load-balance loss.
+        num_tokens: of one part of a batch, on all ranks.
+        num_parts: parts of a batch, over which the loss is the mean.
+
+    Attributes:
+        load_LE: float32, tokens that chose each expert, since it was last set to 0.
+        pairs_LEE: int64, tokens that chose both experts.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        stage: dist.ProcessGroup,
+        *,
+        coefficient: float,
+        num_tokens: int,
+        num_parts: int,
+    ) -> None:
+        self.num_layers, experts = (model.num_layers, model.moe.num_experts) if model.moe else (0, 0)
+        self.load_LE = torch.zeros(self.num_layers, experts, device=device)
+        self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
+        self._stage, self._coefficient = stage, coefficient / num_parts
+        self._num_tokens = num_tokens
+
+    def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
+        """See `model.Watch`."""
+        for layer, router in routers.items():
+            self.load_LE[layer] += router.load_E
+            ops.count_pairs(router.ids_TK, self.pairs_LEE[layer])
+        if not routers or self._coefficient == 0:
+            return x
+        balance = load_balance_loss(list(routers.values()), self._num_tokens, self._stage, self.num_layers)
+        return with_loss(x, self._coefficient * balance)
