@@ -4,10 +4,9 @@
 
 The matrix products are those of threaded_experts.py on CPU, of grouped_experts.py on GPUs.
 
-Gradients of the rows and gradients of the weights are nodes of their own, so that a schedule can take the second later
-without computing the first again. Kept for them are the arrived rows and, per copy, gate and up: an expert's input is
-gathered again, its output is not needed (csrc/swiglu.h). What is kept beside the tensors that autograd knows of is
-integers, so that recomputation can drop the rest.
+Gradients of the rows and gradients of the weights are nodes of their own (weight_grads.py). Kept for them are the
+arrived rows and, per copy, gate and up: an expert's input is gathered again, its output is not needed (csrc/swiglu.h).
+What is kept beside the tensors that autograd knows of is integers, so that recomputation can drop the rest.
 
 Shape letters:  R rows arrived   N copies grouped by slot   L slots of this rank   D model dim   F expert hidden dim
 """
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 
 from ep_engine import grouped_experts, ops, threaded_experts
 from ep_engine.dispatch import Arrival
-from ep_engine.grouped_experts import WeightGrads
 from ep_engine.ops import ExpertsBackward
+from ep_engine.weight_grads import Handover, tie
 
 
 class Experts(nn.Module):
@@ -47,52 +46,29 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, weights_RW: Tensor, arrival: Arrival) -> Tensor:
         """Arrived rows -> for each the weighted sum of the outputs of its experts, (R, D). Idle slots cost nothing."""
         grouped = rows_RD.is_cuda if self.grouped is None else self.grouped
-        handover = _Handover(arrival, self.sum_sizes, self.weight_grads_later, self.recompute, grouped)
-        ticket = _WeightGrads.apply(self.w_gate_up, self.w_down, handover)  # type: ignore[no-untyped-call]
-        rows_RD = _Join.apply(rows_RD, ticket)  # type: ignore[no-untyped-call]
+        handover = _Kept(
+            arrival=arrival,
+            sum_sizes=self.sum_sizes,
+            later=self.weight_grads_later,
+            recompute=self.recompute,
+            grouped=grouped,
+        )
+        rows_RD = tie(rows_RD, handover, self.w_gate_up, self.w_down)
         z_RD: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
             rows_RD, weights_RW, self.w_gate_up.detach(), self.w_down.detach(), handover
         )
         return z_RD
 
 
-@dataclass
-class _Handover:
-    """What the backward of the rows leaves for that of the weights."""
+@dataclass(kw_only=True)
+class _Kept(Handover):
+    """What the backward needs beside tensors."""
 
     arrival: Arrival
     sum_sizes: list[int]
     later: bool
     recompute: bool
     grouped: bool
-    weight_grads: WeightGrads | None = None
-
-
-class _WeightGrads(torch.autograd.Function):
-    """Nothing forward; backward the gradients of the weights. Its output is a ticket that ties them to the rows."""
-
-    @staticmethod
-    def forward(ctx: Any, w_gate_up: Tensor, w_down: Tensor, handover: _Handover) -> Tensor:
-        ctx.handover = handover
-        return w_gate_up.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight_grads, ctx.handover.weight_grads = ctx.handover.weight_grads, None
-        assert weight_grads is not None, "the backward of the rows runs first"
-        return *weight_grads(), None
-
-
-class _Join(torch.autograd.Function):
-    """The rows, unchanged; their gradient also sets off that of the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, ticket: Tensor) -> Tensor:
-        return rows_RD.view_as(rows_RD)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], grads[0].new_zeros(())
 
 
 class _Mixture(torch.autograd.Function):
@@ -100,7 +76,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, weights_RW: Tensor, w_gate_up: Tensor, w_down: Tensor, handover: _Handover
+        ctx: Any, x_RD: Tensor, weights_RW: Tensor, w_gate_up: Tensor, w_down: Tensor, handover: _Kept
     ) -> Tensor:
         arrival, products = handover.arrival, grouped_experts if handover.grouped else threaded_experts
         gate_up_NF, y_ND = products.forward(x_RD, arrival.tables, w_gate_up, w_down)

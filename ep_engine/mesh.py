@@ -68,6 +68,7 @@ class Meshes:
     experts: DeviceMesh  # ("pp", "edp", "ep", "etp")
     dispatch: dist.ProcessGroup  # ep x etp: the ranks among which a token's experts lie
     stage: DeviceMesh  # ("stage",): the ranks with the same layers, for what each does on tokens of its own
+    ends: dist.ProcessGroup | None  # the first and the last stage; None: this rank has neither, or both
     world: dist.ProcessGroup
     node_of_rank: list[int]  # [world size]
     timeout_s: float  # a rank that hears nothing from another for so long fails
@@ -134,6 +135,7 @@ def _make_meshes(
     dispatch = experts.flatten(2).flatten(0, 1).tolist()
     axes = {
         "pp": _lines(dense, 0),
+        "ends": [[line[0], line[-1]] for line in _lines(dense, 0) if len(line) > 1],
         "dp": _lines(dense, 1),
         "tp": _lines(dense, 2),
         "edp": _lines(experts, 1),
@@ -158,6 +160,7 @@ def _make_meshes(
         experts=mesh(experts, "pp", "edp", "ep", "etp"),
         dispatch=own["dispatch"],
         stage=DeviceMesh.from_group(own["stage"], device.type, mesh_dim_names=("stage",)),
+        ends=own.get("ends"),
         world=dist.group.WORLD,
         node_of_rank=nodes,
         timeout_s=timeout_s,

@@ -45,6 +45,7 @@ class Decoder(nn.Module):
         head_is_embedding = self.is_last and config.tie_embeddings
         rotary = Rotary(config)
         self.embed = nn.Embedding(v, d) if self.is_first or head_is_embedding else None
+        self.copies = {"embed.weight"} if head_is_embedding and not self.is_first else set()  # of the first stage's
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, rotary) for i in here})
         if self.is_last:
             self.norm = RMSNorm(d, config.rms_norm_eps)

@@ -69,7 +69,8 @@ def sum_over_ranks(loss: Tensor, stages: Sequence[Decoder], group: dist.ProcessG
         stages: after the backward pass.
         group: all ranks.
     """
-    grads = [p.grad for _, p in named_parameters(stages) if p.grad is not None]
+    own = (p for stage in stages for name, p in stage.named_parameters() if name not in stage.copies)
+    grads = [p.grad for p in own if p.grad is not None]
     squares = torch.stack([_local(grad).float().square().sum() / _copies(grad) for grad in grads]).sum()
     both = torch.stack((loss.detach().float(), squares))
     dist.all_reduce(both, group=group)

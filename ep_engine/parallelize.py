@@ -184,7 +184,10 @@ def entries_of(
     named = dict(named_parameters(stages)) if tensors is None else tensors
     moes = {i: moe for stage in stages for i, moe in stage.moe_layers().items()}
     expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in moes.items()}
-    return module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, etp)
+    entries = module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, etp)
+    for name in (prefix + copy for stage in stages for copy in stage.copies):
+        entries[name] = replace(entries[name], is_copy=True)
+    return entries
 
 
 def named_parameters(stages: Sequence[Decoder]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from ep_engine.errors import Fault
@@ -47,7 +48,7 @@ class Pipeline:
         part_shape: (B, S) of a part of a batch of training.
         num_parts: parts of a batch.
         dtype: of hidden states.
-        loss: of logits (B, S, V) and targets (B, S), within `loss_parallel`; its sum over parts and ranks is what is minimised.
+        loss: of logits (B, S, V) and targets (B, S), within `loss_parallel`; its sum over parts and ranks is minimised.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Pipeline:
         loss: Loss,
     ) -> None:
         mesh = meshes.dense["pp"]
-        self.layout, self.group, self.loss = layout, mesh.get_group(), loss
+        self.layout, self.group, self.ends, self.loss = layout, mesh.get_group(), meshes.ends, loss
         self.models = dict(zip(layout.on(mesh.get_local_rank()), models, strict=True))
         self.dtype, self.sequence_parts = dtype, meshes.dense["tp"].size()
         self.device = next(models[0].parameters()).device
@@ -85,6 +86,7 @@ class Pipeline:
         ends = {"target": targets, "losses": losses} if self.layout.last in self.models else {}
         with _plain_faults(), loss_parallel():
             self._schedule.step(*((inputs,) if 0 in self.models else ()), **ends, return_outputs=False)
+        self._sum_tied()
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
 
     def forward(self, inputs_BS: Tensor) -> Tensor | None:
@@ -120,8 +122,20 @@ class Pipeline:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
+    def _sum_tied(self) -> None:
+        """The head of the last stage is the embedding of the first: both take the sum of the two gradients."""
+        for model in self.models.values():
+            if model.config.tie_embeddings and (model.is_first or model.is_last):
+                assert model.embed is not None, "both have it"
+                grad = model.embed.weight.grad
+                assert isinstance(grad, DTensor), "of FSDP"
+                dist.all_reduce(grad.to_local(), group=self.ends)
+
     def _make_schedule(self, name: Schedule, part_shape: tuple[int, int], num_parts: int) -> Any:
         stages = [self._stage(number, model, part_shape) for number, model in self.models.items()]
+        for model in self.models.values():
+            for moe in model.moe_layers().values():
+                moe.experts.weight_grads_later = name == "zbv"
         one_stage = name in ("gpipe", "1f1b")
         # The loss is divided by all tokens, so gradients are not to be divided by the parts.
         return _SCHEDULES[name](stages[0] if one_stage else stages, num_parts, loss_fn=self.loss, scale_grads=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ep_engine import ops
 from ep_engine.model_config import MoEConfig
 from ep_engine.selection import make_rule
+from ep_engine.weight_grads import Handover, tie
 
 
 class Routing(NamedTuple):
@@ -53,20 +54,24 @@ def linear_by_row(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """x @ w.T in float32, (T, E). On CPU a token's logits and gradients do not depend on which tokens it is among."""
     if x_TD.is_cuda:
         return F.linear(x_TD, w_ED)
-    logits_TE: Tensor = _LinearByRow.apply(x_TD, w_ED)  # type: ignore[no-untyped-call]
+    handover = Handover()
+    x_TD = tie(x_TD, handover, w_ED)
+    logits_TE: Tensor = _LinearByRow.apply(x_TD, w_ED.detach(), handover)  # type: ignore[no-untyped-call]
     return logits_TE
 
 
 class _LinearByRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, w_ED: Tensor, handover: Handover) -> Tensor:
         ctx.save_for_backward(x_TD, w_ED)
+        ctx.handover = handover
         return ops.linear_rows(x_TD, w_ED.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x_TD, w_ED = ctx.saved_tensors
-        return ops.linear_rows(grads[0], w_ED), grads[0].t() @ x_TD
+        ctx.handover.weight_grads = lambda: (grads[0].t() @ x_TD,)
+        return ops.linear_rows(grads[0], w_ED), None, None
 
 
 class _Choose(torch.autograd.Function):

@@ -91,7 +91,6 @@ class _Window:
     """What happened since the last line of metrics."""
 
     started: float = field(default_factory=time.perf_counter)
-    tokens: int = 0
     losses: list[float] = field(default_factory=list)
 
 
@@ -173,7 +172,7 @@ class Trainer:
         window = _Window()
         while self.step < train.steps:
             with self._peers_watched(f"step {self.step + 1}"):
-                self._one_step(window)
+                window.losses.append(self.one_step())
             saving = self.step == train.steps or (train.save_every is not None and self.step % train.save_every == 0)
             if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
                 line = self._metrics(window)
@@ -203,7 +202,8 @@ class Trainer:
                 raise
             raise lost_peer(error, self.group, "world", where) from error
 
-    def _one_step(self, window: _Window) -> None:
+    def one_step(self) -> float:
+        """One step of the optimiser; returns the loss of the batch."""
         train = self.config.train
         share = self.pipeline.train([self._part(i) for i in range(train.micro_batches)])
         # Ranks of a tp group have the same loss.
@@ -222,9 +222,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        window.tokens += self.tokens_per_step
-        window.losses.append(total)
         self.last_norm = norm
+        return total
 
     def _part(self, part: int) -> tuple[Tensor, Tensor]:
         """This rank's rows of a part of the next batch."""
@@ -244,7 +243,7 @@ class Trainer:
             "losses": window.losses,
             "grad_norm": self.last_norm,
             "learning_rate": learning_rate(self.config.train, self.step - 1),
-            "tokens_per_second": window.tokens / seconds,
+            "tokens_per_second": len(window.losses) * self.tokens_per_step / seconds,
         }
         self.speeds.append(line["tokens_per_second"])
         if self.run.model.moe is not None:

@@ -13,7 +13,7 @@ ORDER = [
     "errors", "output", "progress", "machine", "checksum", "stages", "model_config", "config",  # foundations
     "debug", "ops", "placement", "ledger", "reference", "message", "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
-    "selection", "router", "plan", "dispatch",  # the data path
+    "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "load_balance", "moe_layer", "model",  # what it is part of
     "tokens", "corpus", "entries", "checkpoint", "initial", "collaboration",  # what it reads and writes

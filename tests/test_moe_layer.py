@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ep_engine import debug, experts, reference
+from ep_engine import debug, experts, reference, weight_grads
 from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
 from ep_engine.model_config import MoEConfig
@@ -139,7 +139,7 @@ def test_gradients_of_rows_are_not_computed_again_for_those_of_weights(monkeypat
     layer.experts.weight_grads_later = True
     layer.zero_grad()
     calls = Counter[str]()
-    for function in (experts._Mixture, experts._WeightGrads):
+    for function in (experts._Mixture, weight_grads._WeightGrads):
         plain = function.backward
 
         def counted(ctx: Any, *grads: Tensor, plain: Any = plain, name: str = function.__name__) -> Any:
