@@ -74,6 +74,8 @@ class DataSection(_Section):
     """rows of the global batch"""
     heldout_batches: int = Field(16, ge=1)
     """batches of one evaluation"""
+    separate_documents: bool = False
+    """a token sees only its own document, not the others in its row; every token but the first is still a target"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -12,6 +12,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.pipeline import Pipeline
+from ep_engine.tokens import Batch
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     pipeline: Pipeline,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    batches: Iterator[Batch],
     group: dist.ProcessGroup,
     *,
     moe_layers: int,
@@ -36,7 +37,7 @@ def evaluate(
 
     Args:
         pipeline: the model.
-        batches: inputs and targets, (B, S) int64.
+        batches: this rank's rows.
         group: all ranks.
         moe_layers: layers with experts in the whole model.
         sharing: ranks that have the same rows, and split the vocabulary and the sequence.
@@ -48,11 +49,11 @@ def evaluate(
         return x
 
     with pipeline.watched(count_changed), loss_parallel():
-        for inputs_BS, targets_BS in batches:
-            logits_BSV = pipeline.forward(inputs_BS.to(pipeline.device))
+        for batch in (batch.to(pipeline.device) for batch in batches):
+            logits_BSV = pipeline.forward(batch)
             if logits_BSV is not None:
-                sums[0] += entropy_sum(logits_BSV, targets_BS.to(pipeline.device)) / sharing
-                sums[1] += targets_BS.numel() / sharing
+                sums[0] += entropy_sum(logits_BSV, batch.targets_BS) / sharing
+                sums[1] += batch.targets_BS.numel() / sharing
     dist.all_reduce(sums, group=group)
     loss_sum, num_tokens, changed = sums.tolist()
     share = changed / (num_tokens * moe_layers) if moe_layers else None

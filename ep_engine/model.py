@@ -1,9 +1,8 @@
 """A decoder of the LLaMA kind, dense or with mixtures of experts: single-device modules that know of no rank.
 
-Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabulary   H heads   G key/value heads
+Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabulary
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ep_engine.attention import Attention, Rotary, keep_apart
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
@@ -52,14 +52,18 @@ class Decoder(nn.Module):
             self.head = None if config.tie_embeddings else nn.Linear(d, v, bias=False)
             self.unembed = Unembed()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Ids (B, S) int64 in [0, V), or hidden states (B, S, D) -> logits (B, S, V), or hidden states; causal."""
+    def forward(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+        """Ids (B, S) int64 in [0, V), or hidden states (B, S, D) -> logits (B, S, V), or hidden states; causal.
+
+        A token sees only the document of its own number, int64, that is in its row; None: all of the row before it.
+        """
         if self.is_first:
             assert self.embed is not None, "the first stage has one"
             x = self.embed(x)
+        apart = None if documents_BS is None else keep_apart(documents_BS)
         routers: dict[int, RouterStatistics] = {}
         for i, layer in self.layers.items():
-            x, router = layer(x)
+            x, router = layer(x, apart)
             if router is not None:
                 routers[int(i)] = router
         x = self.watch(x, routers)
@@ -113,15 +117,19 @@ class DecoderLayer(nn.Module):
         self.is_moe = config.moe is not None
         self.recompute: Recompute = "none"
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RouterStatistics | None]:
-        """(B, S, D) -> (B, S, D), and what the router did if there is one."""
+    def forward(self, x_BSD: Tensor, apart: Tensor | None = None) -> tuple[Tensor, RouterStatistics | None]:
+        """(B, S, D) -> (B, S, D), and what the router did if there is one; `apart` as in attention.py."""
         if self.recompute == "full":
             chosen: list[Tensor] = []  # experts are chosen once, whatever the second pass would round
-            return _computed_again(self._forward, x_BSD, chosen)
-        return self._forward(x_BSD)
+            return _computed_again(self._forward, x_BSD, apart, chosen)
+        return self._forward(x_BSD, apart)
 
-    def _forward(self, x_BSD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics | None]:
-        attended_BSD = _computed_again(self._attend, x_BSD) if self.recompute == "selective" else self._attend(x_BSD)
+    def _forward(
+        self, x_BSD: Tensor, apart: Tensor | None, chosen: list[Tensor] | None = None
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        attended_BSD = (
+            _computed_again(self._attend, x_BSD, apart) if self.recompute == "selective" else self._attend(x_BSD, apart)
+        )
         x_BSD = x_BSD + attended_BSD
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
@@ -129,8 +137,8 @@ class DecoderLayer(nn.Module):
         y_TD, router = self.moe(h_BSD.flatten(0, 1), chosen)
         return x_BSD + y_TD.view_as(x_BSD), router
 
-    def _attend(self, x_BSD: Tensor) -> Tensor:
-        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD))
+    def _attend(self, x_BSD: Tensor, apart: Tensor | None) -> Tensor:
+        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), apart)
         return y_BSD
 
 
@@ -138,32 +146,6 @@ def _computed_again(function: Callable[..., T], *inputs: Any) -> T:
     """function(*inputs), of which only the inputs are kept; what its backward needs is computed a second time."""
     result: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
-
-    def __init__(self, config: ModelConfig, rotary: "Rotary") -> None:
-        super().__init__()
-        d, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.head_dim, self.rotary = head_dim, rotary
-        self.w_q = nn.Linear(d, config.num_heads * head_dim, bias=bias)
-        self.w_k = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
-        self.w_v = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
-        self.w_o = nn.Linear(config.num_heads * head_dim, d, bias=bias)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
-        q, k, v = (self._heads(w(x_BSD)) for w in (self.w_q, self.w_k, self.w_v))
-        cos_sin = self.rotary.table(q.shape[2], q.device)
-        q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
-        y_BHSd = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        out: Tensor = self.w_o(y_BHSd.transpose(1, 2).flatten(2))
-        return out
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, S, heads * head_dim) -> (B, heads, S, head_dim)."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -196,49 +178,3 @@ class RMSNorm(nn.Module):
         normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         scaled: Tensor = self.weight * normed.to(x.dtype)
         return scaled
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the half-split layout of Hugging Face: (B, heads, S, d) with tables (S, d), in x's dtype."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
-
-
-class Rotary:
-    """The rotary table of a model, which its layers share; made anew for another length."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self._config = config
-        self._made: tuple[int, torch.device, tuple[Tensor, Tensor]] | None = None
-
-    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, see `rotary_table`."""
-        if self._made is None or self._made[:2] != (length, device):
-            self._made = length, device, rotary_table(self._config, length, device)
-        return self._made[2]
-
-
-def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0..length-1, (S, head_dim) float32 each, arXiv:2104.09864 eq. 34."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def _scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
-    """Frequencies for contexts longer than the model was trained on, as transformers' rope types do it."""
-    if scaling is None:
-        return frequencies
-    factor = scaling["factor"]
-    stretched: Tensor = frequencies / factor
-    if scaling["rope_type"] == "linear":
-        return stretched
-    assert scaling["rope_type"] == "llama3", "conversion refuses other types"
-    # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended.
-    old_length = scaling["original_max_position_embeddings"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = old_length * frequencies / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return torch.lerp(stretched, frequencies, blend)

@@ -133,7 +133,7 @@ def _split(model: Decoder, tp: DeviceMesh) -> None:
         plan["unembed"] = PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None))
     for i, layer in model.decoder_layers().items():
         at = f"layers.{i}.attention"
-        plan[at] = PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,))
+        plan[at] = PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None))
         plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_q", "w_k", "w_v")}
         plan[f"{at}.w_o"] = RowwiseParallel(output_layouts=sequence)
         if not layer.is_moe:

@@ -27,6 +27,7 @@ from ep_engine.errors import Fault
 from ep_engine.mesh import Meshes
 from ep_engine.model import Decoder, Watch
 from ep_engine.stages import Schedule, Stages
+from ep_engine.tokens import Batch
 
 _SCHEDULES: dict[Schedule, Any] = {
     "gpipe": ScheduleGPipe,
@@ -48,6 +49,7 @@ class Pipeline:
         part_shape: (B, S) of a part of a batch of training.
         num_parts: parts of a batch.
         dtype: of hidden states.
+        separate_documents: whether a token sees only its own document.
         loss: of logits (B, S, V) and targets (B, S), within `loss_parallel`; its sum over parts and ranks is minimised.
     """
 
@@ -61,17 +63,19 @@ class Pipeline:
         part_shape: tuple[int, int],
         num_parts: int,
         dtype: torch.dtype,
+        separate_documents: bool,
         loss: Loss,
     ) -> None:
         mesh = meshes.dense["pp"]
         self.layout, self.group, self.ends, self.loss = layout, mesh.get_group(), meshes.ends, loss
         self.models = dict(zip(layout.on(mesh.get_local_rank()), models, strict=True))
+        self.separate_documents = separate_documents
         self.dtype, self.sequence_parts = dtype, meshes.dense["tp"].size()
         self.device = next(models[0].parameters()).device
         self._schedule = self._make_schedule(schedule, part_shape, num_parts) if layout.last > 0 else None
 
-    def train(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Forward and backward of the parts of a batch, inputs and targets (B, S) int64 each, on the device.
+    def train(self, parts: Sequence[Batch]) -> Tensor:
+        """Forward and backward of the parts of a batch, which are on the device.
 
         Gradients are summed over ranks once, after the last part.
 
@@ -82,21 +86,23 @@ class Pipeline:
             with loss_parallel():
                 return self._one_after_the_other(parts)
         losses: list[Tensor] = []
-        inputs, targets = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        ends = {"target": targets, "losses": losses} if self.layout.last in self.models else {}
+        inputs, targets, documents = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        given: dict[str, Any] = {"documents_BS": documents} if self.separate_documents else {}
+        if self.layout.last in self.models:
+            given |= {"target": targets, "losses": losses}
         with _plain_faults(), loss_parallel():
-            self._schedule.step(*((inputs,) if 0 in self.models else ()), **ends, return_outputs=False)
+            self._schedule.step(*((inputs,) if 0 in self.models else ()), **given, return_outputs=False)
         self._sum_tied()
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
 
-    def forward(self, inputs_BS: Tensor) -> Tensor | None:
-        """Logits (B, S, V) of token ids on the ranks of the last stage, None on the others; without gradients."""
-        x = inputs_BS
+    def forward(self, batch: Batch) -> Tensor | None:
+        """Logits (B, S, V) on the ranks of the last stage, None on the others; without gradients."""
+        x, documents_BS = batch.inputs_BS, self._documents(batch)
         for number, model in self.models.items():
             if number > 0 and number - 1 not in self.models:
-                x = torch.empty(self._hidden_shape(inputs_BS.shape), dtype=self.dtype, device=self.device)
+                x = torch.empty(self._hidden_shape(batch.inputs_BS.shape), dtype=self.dtype, device=self.device)
                 dist.recv(x, group=self.group, group_src=self.layout.rank_of_stage[number - 1])
-            x = model(x)
+            x = model(x, documents_BS)
             if number < self.layout.last and number + 1 not in self.models:
                 dist.send(x.contiguous(), group=self.group, group_dst=self.layout.rank_of_stage[number + 1])
         return x if self.layout.last in self.models else None
@@ -113,11 +119,14 @@ class Pipeline:
             for model, old in zip(self.models.values(), before, strict=True):
                 model.watch = old
 
-    def _one_after_the_other(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _documents(self, batch: Batch) -> Tensor | None:
+        return batch.documents_BS if self.separate_documents else None
+
+    def _one_after_the_other(self, parts: Sequence[Batch]) -> Tensor:
         model, losses = self.models[0], []
-        for i, (inputs_BS, targets_BS) in enumerate(parts):
+        for i, batch in enumerate(parts):
             model.set_requires_gradient_sync(i == len(parts) - 1)  # type: ignore[operator]  # FSDP2's
-            loss = self.loss(model(inputs_BS), targets_BS)
+            loss = self.loss(model(batch.inputs_BS, self._documents(batch)), batch.targets_BS)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -100,6 +101,9 @@ class TokenFile:
         self._dtype: np.dtype[np.integer] = np.dtype(self._dataset.index.dtype)
         self.num_tokens = int(self._dataset.sequence_lengths.sum(dtype=np.int64))
         self.num_documents = len(self._dataset.document_indices) - 1
+        lengths = np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)
+        # A document is one or several sequences; an empty one at the start ends before the first token.
+        self._document_ends = np.concatenate(([0], lengths))[self._dataset.document_indices[1:]]
 
         num_bytes, expected_bytes = self.bin_path.stat().st_size, self.num_tokens * self._dtype.itemsize
         if num_bytes != expected_bytes:
@@ -120,6 +124,10 @@ class TokenFile:
             _check_ids(ids, self._vocab_size, f"token file {self.bin_path}", start)
         return ids
 
+    def documents(self, start: int, count: int) -> NDArray[np.int64]:
+        """The number, in [0, num_documents), of the document of each of `count` tokens from `start` on."""
+        return np.searchsorted(self._document_ends, np.arange(start, start + count), side="right")
+
     def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
         """Count how often each id occurs: (vocab_size,) int64. UserError if an id lies outside [0, vocab_size)."""
         counts = np.zeros(vocab_size, dtype=np.int64)
@@ -128,6 +136,18 @@ class TokenFile:
             _check_ids(ids, vocab_size, f"token file {self.bin_path}", start)
             counts += np.bincount(ids, minlength=vocab_size)
         return counts
+
+
+class Batch(NamedTuple):
+    """Rows of a batch, each (R, S) int64, contiguous."""
+
+    inputs_BS: Tensor
+    targets_BS: Tensor
+    documents_BS: Tensor  # the number of the document of every input token
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(tensor.to(device) for tensor in self))
 
 
 class Batches:
@@ -155,8 +175,8 @@ class Batches:
         self._batch_size = batch_size
         self._seed = seed
 
-    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> tuple[Tensor, Tensor]:
-        """Return this rank's rows of global batch `step`: inputs and targets, each (R, S) int64, contiguous.
+    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
+        """Return this rank's rows of global batch `step`.
 
         Rank r holds rows r*R .. (r+1)*R - 1: the ranks' rows in rank order are the same batch for every P.
 
@@ -182,7 +202,7 @@ def heldout_batches(
     num_batches: int,
     rank: int = 0,
     num_ranks: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Batch]:
     """Return this rank's rows of the first `num_batches` batches of windows in stream order, as `Batches.batch` does.
 
     Raises:
@@ -262,9 +282,10 @@ def _rows_of_rank(batch_size: int, rank: int, num_ranks: int) -> range:
     return range(rank * per_rank, (rank + 1) * per_rank)
 
 
-def _read_windows(tokens: TokenFile, windows: list[int], sequence_length: int) -> tuple[Tensor, Tensor]:
+def _read_windows(tokens: TokenFile, windows: list[int], sequence_length: int) -> Batch:
     rows = torch.from_numpy(np.stack([tokens.read(w * sequence_length, sequence_length + 1) for w in windows]))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    documents = np.stack([tokens.documents(w * sequence_length, sequence_length) for w in windows])
+    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.from_numpy(documents))
 
 
 def _shuffled(position: int, num: int, key: str) -> int:

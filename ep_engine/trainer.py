@@ -45,7 +45,7 @@ from ep_engine.output import whole_file
 from ep_engine.parallelize import build, entries_of
 from ep_engine.pipeline import Pipeline
 from ep_engine.resolve import Run
-from ep_engine.tokens import Batches, heldout_batches
+from ep_engine.tokens import Batch, Batches, heldout_batches
 from ep_engine.transport import lost_peer
 from ep_engine.watch import RouterWatch
 
@@ -142,6 +142,7 @@ class Trainer:
             part_shape=(rows // self.dp_size, data.sequence_length),
             num_parts=train.micro_batches,
             dtype=dtype,
+            separate_documents=data.separate_documents,
             # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
             loss=lambda logits, targets: entropy_sum(logits, targets) / self.tokens_per_step,
         )
@@ -225,14 +226,13 @@ class Trainer:
         self.last_norm = norm
         return total
 
-    def _part(self, part: int) -> tuple[Tensor, Tensor]:
+    def _part(self, part: int) -> Batch:
         """This rank's rows of a part of the next batch."""
         number = self.step * self.config.train.micro_batches + part
         try:
-            inputs_BS, targets_BS = self.batches.batch(number, self.dp_rank, self.dp_size)
+            return self.batches.batch(number, self.dp_rank, self.dp_size).to(self.device)
         except UserError as error:  # text that only this rank has read: not said before the start, nor by all
             raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
-        return inputs_BS.to(self.device), targets_BS.to(self.device)
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from ep_engine.config import RunConfig
 from ep_engine.mesh import World, process_groups
 from ep_engine.resolve import resolve
 from ep_engine.stages import Schedule, Stages
+from ep_engine.tokens import write_token_file
 from ep_engine.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.run_cases import losses, small_run, train_here, write_text
@@ -39,11 +41,13 @@ def run(folder: Path, name: str, world_size: int, **parallel: Any) -> RunConfig:
     """Ten steps in a layout; `train.` keys by their names."""
     train = {key: parallel.pop(key) for key in ("steps", "recompute", "dtype", "save_every") if key in parallel}
     resume = parallel.pop("resume", False)
+    data = parallel.pop("data", {})
     config = small_run(
         folder,
         name.replace(" ", "-").replace(",", ""),
         model=parallel.pop("model", {"checkpoint": str(folder / "moe")}),
         train={"steps": 10, "micro_batches": PARTS, **train},
+        data=data,
         parallel=parallel,
         output={"resume": resume},
     )
@@ -242,6 +246,27 @@ def test_resuming_in_another_layout_goes_on_with_the_same_losses(name: str, fold
         if i == 0:
             (folder / stem / "checkpoints/step_000010").rename(folder / f"{stem}-away")
     assert losses(config) == pytest.approx(losses(single), rel=1e-5)
+
+
+SEPARATE: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"tensor_parallel_size": 2, "recompute": "full"}),
+    "pp2 1f1b": (2, {"pipeline_parallel_size": 2, "recompute": "selective"}),
+    "pp2 tp2 zbv": (4, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "pipeline_schedule": "zbv"}),
+}
+
+
+def test_documents_stay_apart_in_every_layout(folder: Path) -> None:
+    steps = np.random.default_rng(0).integers(-2, 4, (500, 8))
+    write_token_file(folder / "documents", list(np.cumsum(steps, axis=1) % 64), 64)
+    data = {"train": str(folder / "documents"), "heldout": str(folder / "documents")}
+    joined = run(folder, "joined", 1, data=data)
+    apart = run(folder, "apart", 1, data=data | {"separate_documents": True})
+    assert losses(apart) != pytest.approx(losses(joined), rel=1e-4)
+    for name, (world_size, layout) in SEPARATE.items():
+        config = run(folder, f"apart {name}", world_size, data=data | {"separate_documents": True}, **layout)
+        assert losses(config) == pytest.approx(losses(apart), rel=1e-5), name
+        kept = [json.loads((c.output.folder / "summary.json").read_text())["heldout_loss"] for c in (apart, config)]
+        assert kept[1] == pytest.approx(kept[0], rel=1e-5), name
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])

@@ -100,7 +100,7 @@ def test_a_stop_between_the_two_renames_leaves_no_mixed_pair(pair: Path, monkeyp
 def test_batch_by_hand(tmp_path: Path) -> None:
     stream = counting_stream(tmp_path, 7)  # windows 0 1 2, 2 3 4, 4 5 6 for S = 2
     batches = Batches(stream, sequence_length=2, batch_size=3, seed=0)
-    inputs, targets = batches.batch(0)
+    inputs, targets, _ = batches.batch(0)
     assert batches.num_windows == 3
     assert sorted(inputs.tolist()) == [[0, 1], [2, 3], [4, 5]]
     assert targets.equal(inputs + 1)
@@ -126,8 +126,8 @@ def test_global_batch_does_not_depend_on_the_number_of_ranks(
     whole = batches.batch(step)
     for num_ranks in (2, 4):
         parts = [batches.batch(step, rank, num_ranks) for rank in range(num_ranks)]
-        assert all(len(inputs) == 4 * rows // num_ranks for inputs, _ in parts)
-        for at in (0, 1):
+        assert all(len(part.inputs_BS) == 4 * rows // num_ranks for part in parts)
+        for at in range(3):
             assert torch.cat([part[at] for part in parts]).equal(whole[at])
 
 
@@ -191,7 +191,7 @@ def test_memory_does_not_grow_with_the_stream(tmp_path: Path) -> None:
 def test_heldout_batches_are_the_first_windows_in_order(stream: TokenFile) -> None:
     def first_tokens(**ranks: int) -> list[list[int]]:
         batches = heldout_batches(stream, sequence_length=8, batch_size=4, num_batches=2, **ranks)
-        return [inputs[:, 0].tolist() for inputs, _ in batches]
+        return [batch.inputs_BS[:, 0].tolist() for batch in batches]
 
     assert first_tokens() == [[0, 8, 16, 24], [32, 40, 48, 56]]
     assert first_tokens(rank=0, num_ranks=2) == [[0, 8], [32, 40]]

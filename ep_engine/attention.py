@@ -1,0 +1,117 @@
+"""Attention: causal, grouped queries, rotary positions, and documents in one row that do not see each other.
+
+Shape letters:  B rows   S positions   D model dim   H heads   G key/value heads   d dim of a head   N documents
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ep_engine.model_config import ModelConfig
+
+
+class Rotary:
+    """The rotary table of a model, which its layers share; made anew for another length."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._made: tuple[int, torch.device, tuple[Tensor, Tensor]] | None = None
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, see `rotary_table`."""
+        if self._made is None or self._made[:2] != (length, device):
+            self._made = length, device, rotary_table(self._config, length, device)
+        return self._made[2]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, rotary: Rotary) -> None:
+        super().__init__()
+        d, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim, self.rotary = head_dim, rotary
+        self.w_q = nn.Linear(d, config.num_heads * head_dim, bias=bias)
+        self.w_k = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
+        self.w_v = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
+        self.w_o = nn.Linear(config.num_heads * head_dim, d, bias=bias)
+
+    def forward(self, x_BSD: Tensor, apart: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D); `apart` from `keep_apart`, None: a row is one document."""
+        q, k, v = (self._heads(w(x_BSD)) for w in (self.w_q, self.w_k, self.w_v))
+        cos_sin = self.rotary.table(q.shape[2], q.device)
+        y_BHSd = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, apart)
+        out: Tensor = self.w_o(y_BHSd.transpose(1, 2).flatten(2))
+        return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, S, heads * d) -> (B, heads, S, d)."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+def keep_apart(documents_BS: Tensor) -> Tensor:
+    """What `attend` needs so that a token sees only its own document.
+
+    Args:
+        documents_BS: integers that differ between documents that follow each other in a row.
+
+    Returns:
+        On CPU who sees whom, (B, 1, S, S) bool; on a GPU where documents begin among all B * S tokens, and the end,
+        (N + 1,) int32, whose number the host must know.
+    """
+    if documents_BS.is_cuda:
+        begins = documents_BS.diff(dim=1, prepend=documents_BS[:, :1] - 1) != 0
+        ends = torch.tensor([documents_BS.numel()], device=documents_BS.device)
+        return torch.cat((begins.flatten().nonzero().flatten(), ends)).int()
+    return (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril().unsqueeze(1)
+
+
+def attend(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, apart: Tensor | None) -> Tensor:
+    """Causal attention, (B, H, S, d); heads in groups share keys and values."""
+    shared = q_BHSd.shape[1] != k_BGSd.shape[1]
+    if apart is None:
+        return F.scaled_dot_product_attention(q_BHSd, k_BGSd, v_BGSd, is_causal=True, enable_gqa=shared)
+    if apart.dtype == torch.bool:
+        return F.scaled_dot_product_attention(q_BHSd, k_BGSd, v_BGSd, attn_mask=apart, enable_gqa=shared)
+    from torch.nn.attention.varlen import varlen_attn  # flash-attn as torch has it, for 16-bit floats
+
+    rows, _, length, _ = q_BHSd.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
+    y = varlen_attn(q, k, v, apart, apart, length, length, window_size=(-1, 0), enable_gqa=shared)
+    assert isinstance(y, Tensor), "nothing else was asked for"
+    return y.view(rows, length, *y.shape[1:]).transpose(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions in the half-split layout of Hugging Face: (B, heads, S, d) with tables (S, d), in x's dtype."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+def rotary_table(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0..length-1, (S, head_dim) float32 each, arXiv:2104.09864 eq. 34."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = _scaled(1.0 / config.rope_theta**exponents, config.rope_scaling)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _scaled(frequencies: Tensor, scaling: dict[str, Any] | None) -> Tensor:
+    """Frequencies for contexts longer than the model was trained on, as transformers' rope types do it."""
+    if scaling is None:
+        return frequencies
+    factor = scaling["factor"]
+    stretched: Tensor = frequencies / factor
+    if scaling["rope_type"] == "linear":
+        return stretched
+    assert scaling["rope_type"] == "llama3", "conversion refuses other types"
+    # Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended.
+    old_length = scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = old_length * frequencies / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return torch.lerp(stretched, frequencies, blend)
