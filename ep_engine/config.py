@@ -204,6 +204,12 @@ class RunConfig(_Section):
     output: OutputSection
 
 
+_NOT_YET = {
+    "parallel.context_parallel_size": "a row's positions stay together; split its sequence with "
+    "parallel.tensor_parallel_size, or make rows shorter"
+}
+
+
 def differing(section: BaseModel) -> list[str]:
     """Keys of a section that are not at their default."""
     return [name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default]
@@ -287,6 +293,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _refuse_unknown(given: dict[str, Any], known: Sequence[str], *, prefix: str) -> None:
     for key in given:
+        if f"{prefix}{key}" in _NOT_YET:
+            raise UserError(f"{prefix}{key} is not there yet: {_NOT_YET[f'{prefix}{key}']}")
         if key not in known:
             close = get_close_matches(key, known, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"known are {', '.join(known)}"

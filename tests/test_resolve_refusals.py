@@ -15,12 +15,18 @@ from tests.run_files import contents, make_files, resolve_run
 from tests.small_models import edit_json
 
 C2R = ("routing.rule=c2r", "routing.profile={files}/profile.npz")
+PP2 = ("parallel.pipeline_parallel_size=2", "train.micro_batches=2")
+DEEP = ("model.checkpoint={files}/deep",)
 GROUPED = ("routing.rule=c2r_grouped", "routing.profile={files}/profile.npz", "routing.top_t=3")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
+    files = make_files(tmp_path_factory.mktemp("files"))
+    for name, change in (("deep", {"num_layers": 4}), ("tied", {"num_layers": 4, "tie_embeddings": True})):
+        shutil.copytree(files / "dense-engine", files / name)
+        edit_json(files / name / "model.json", lambda model, change=change: model.update(change))
+    return files
 
 
 # ranks, overrides, sentence
@@ -70,6 +76,66 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
         4,
         ("parallel.expert_tensor_parallel_size=4",),
         r"^parallel\.expert_tensor_parallel_size \(4\) must divide the hidden size of the model's experts \(6\);",
+    ),
+    "pp does not divide the ranks": (
+        3,
+        (*PP2, "data.batch_size=6"),
+        r"^parallel\.tensor_parallel_size \(1\) times parallel\.pipeline_parallel_size \(2\) must divide the 3 ranks",
+    ),
+    "ep times pp does not divide the ranks": (
+        6,
+        (*PP2, "parallel.expert_parallel_size=2", "data.batch_size=12"),
+        r"^parallel\.expert_parallel_size \(2\) times parallel\.pipeline_parallel_size \(2\) must divide the 6 ranks",
+    ),
+    "schedule without a pipeline": (
+        1,
+        ("parallel.pipeline_schedule=zbv",),
+        r"^parallel\.pipeline_schedule has no effect without parallel\.pipeline_parallel_size; set that too$",
+    ),
+    "more stages than layers": (
+        2,
+        (*PP2, "parallel.pipeline_schedule=zbv"),
+        r"^a pipeline of 4 stages \(parallel\.pipeline_parallel_size 2, schedule zbv\) needs as many layers, .* has 2;",
+    ),
+    "layers that do not add up": (
+        2,
+        (*PP2, "parallel.pipeline_layers=[2, 1]"),
+        r"^parallel\.pipeline_layers \[2, 1\] adds up to 3 layers, the model has 2; correct it$",
+    ),
+    "stages that the schedule has not": (
+        2,
+        (*PP2, "parallel.pipeline_layers=[2]"),
+        r"^parallel\.pipeline_layers names 1 stages, but schedule 1f1b on 2 ranks has 2; correct it$",
+    ),
+    "fewer parts than stages": (
+        2,
+        ("parallel.pipeline_parallel_size=2",),
+        r"^train\.micro_batches \(1\) must be at least parallel\.pipeline_parallel_size \(2\) for schedule 1f1b, or",
+    ),
+    "parts that do not fill rounds": (
+        2,
+        (*PP2, "parallel.pipeline_schedule=interleaved", *DEEP, "train.micro_batches=5", "data.batch_size=10"),
+        r"^train\.micro_batches \(5\) must be a multiple of 2 rounds of 2 ranks for schedule interleaved; use a multi",
+    ),
+    "zero bubble, computed again": (
+        2,
+        (*PP2, "parallel.pipeline_schedule=zbv", *DEEP, "train.recompute=full"),
+        r"^train\.recompute is full and parallel\.pipeline_schedule zbv, which would compute every layer a third time;",
+    ),
+    "zero bubble, weights gathered again": (
+        2,
+        (*PP2, "parallel.pipeline_schedule=zbv", *DEEP, "parallel.reshard_after_forward=true"),
+        r"^parallel\.reshard_after_forward is set and parallel\.pipeline_schedule is zbv, which needs the weights",
+    ),
+    "zero bubble, tied": (
+        2,
+        (*PP2, "parallel.pipeline_schedule=zbv", "model.checkpoint={files}/tied"),
+        r"^parallel\.pipeline_schedule is zbv, whose first rank has the embedding and the head, and the model's head",
+    ),
+    "context parallel": (
+        2,
+        ("parallel.context_parallel_size=2",),
+        r"^parallel\.context_parallel_size is not there yet: a row's positions stay together; split its seq",
     ),
     "uneven batch": (
         3,
