@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_engine import checkpoint
+from ep_engine import checkpoint, debug
+from ep_engine.agreement import check_agreement
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import Fault, UserError
@@ -98,7 +99,7 @@ class Trainer:
     """One run on one rank."""
 
     def __init__(self, run: Run, meshes: Meshes, device: torch.device) -> None:
-        self.run, self.device = run, device
+        self.run, self.device, self.meshes = run, device, meshes
         self.config: RunConfig = run.config
         self.group: dist.ProcessGroup = meshes.world
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -176,6 +177,8 @@ class Trainer:
                 window.losses.append(self.one_step())
             saving = self.step == train.steps or (train.save_every is not None and self.step % train.save_every == 0)
             if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
+                if debug.wanted():
+                    self.check_agreement()
                 line = self._metrics(window)
                 self._append(folder / "metrics.jsonl", line)
                 report(line)
@@ -192,6 +195,12 @@ class Trainer:
             with whole_file(folder / "summary.json") as beside:
                 beside.write_text(json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def check_agreement(self) -> None:
+        with self._peers_watched(f"the comparison after step {self.step}"):
+            entries = entries_of(self.stages, etp=self.etp)
+            moments = moment_entries(self.stages, self.optimizer, etp=self.etp)
+            check_agreement(self.stages, entries | moments, self._part(0), self.meshes, self.step)
 
     @contextmanager
     def _peers_watched(self, where: str) -> Iterator[None]:

@@ -17,7 +17,7 @@ ORDER = [
     "grouped_experts", "threaded_experts", "experts", "combine",
     "load_balance", "moe_layer", "attention", "model",  # what it is part of
     "tokens", "corpus", "entries", "checkpoint", "initial", "collaboration",  # what it reads and writes
-    "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch",  # what shares it over ranks
+    "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "trainer",  # what trains it
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
 ]  # fmt: skip
