@@ -66,9 +66,17 @@ class Family:
     auto_map: Mapping[str, str] = field(default_factory=dict)
 
     def keys(self, config: ModelConfig) -> dict[str, str]:
-        """The key of every entry of a model of this family, in the engine's order."""
+        """The key of every entry of a model of this family, in the engine's order.
+
+        Raises:
+            UserError: the family has no name for an entry.
+        """
         names = self.names(config)
-        return {entry: _key(names, entry) for entry in expected_entries(config)}
+        keys = {entry: _key(names, entry) for entry in expected_entries(config)}
+        for entry, key in keys.items():
+            if key is None:
+                raise UserError(f"{self.architecture} has no name for {entry}; the model cannot be exported to it")
+        return {entry: key for entry, key in keys.items() if key is not None}
 
     def read_config(self, config: Mapping[str, Any], where: str) -> ModelConfig:
         """ModelConfig of a config.json of this family; keys it does not read are carried.
@@ -113,14 +121,15 @@ class Family:
         return config | {key: value for key, value in model.carried.items() if key not in config}
 
 
-def _key(names: Mapping[str, str], entry: str) -> str:
-    """The key of one entry; an entry the family has no name for is our bug."""
+def _key(names: Mapping[str, str], entry: str) -> str | None:
+    """The key of one entry; None: the family has no name for it."""
     parts = entry.split(".")
     suffix = f".{parts.pop()}" if parts[-1] in ("weight", "bias") else ""
     numbers = [part for part in parts if part.isdigit()]
     placeholders = iter(("{i}", "{e}"))
     pattern = ".".join(next(placeholders) if part.isdigit() else part for part in parts)
-    return names[pattern].format(**dict(zip("ie", numbers, strict=False))) + suffix
+    name = names.get(pattern)
+    return None if name is None else name.format(**dict(zip("ie", numbers, strict=False))) + suffix
 
 
 def _checked(value: Any, f: Field, where: str) -> Any:

@@ -89,8 +89,17 @@ def _all_equal(rows: Any, shape: tuple[int, int], value: int) -> bool:
 
 
 def write_moe(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
-    """The keys that `read_moe` reads; those of a rule that is not used are left out."""
+    """The keys that `read_moe` reads; those of a rule that is not used are left out.
+
+    Raises:
+        UserError: the model has what this family has not.
+    """
     routing = moe.routing
+    if moe.score != "softmax_of_chosen" or moe.renormalise:
+        raise UserError(
+            f"the model weighs its experts by {moe.score}{', renormalised' if moe.renormalise else ''}, LLaMA-MoE by "
+            "softmax_of_chosen; it cannot be exported to that family"
+        )
     config: dict[str, Any] = {
         "intermediate_size": moe.num_experts * moe.expert_hidden_size,
         "num_experts": moe.num_experts,

@@ -25,20 +25,26 @@ def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         entries |= {f"{at}.attention_norm.weight": (d,), f"{at}.ffn_norm.weight": (d,)}
         entries |= _linears(f"{at}.attention", _attention_shapes(config), bias=config.attention_bias)
         if config.moe is None:
-            f = config.intermediate_size
-            entries |= _linears(f"{at}.ffn", {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}, bias=config.mlp_bias)
+            entries |= _linears(f"{at}.ffn", _ffn_shapes(d, config.intermediate_size), bias=config.mlp_bias)
             continue
         e, f = config.moe.num_experts, config.moe.expert_hidden_size
         entries[f"{at}.moe.router.w_in"] = (e, d)
         if config.moe.gate == "mlp":
             entries[f"{at}.moe.router.w_out"] = (e, e)
+        if config.moe.shared_hidden_size:
+            entries |= _linears(f"{at}.moe.shared", _ffn_shapes(d, config.moe.shared_hidden_size), bias=False)
+        if config.moe.shared_gate:
+            entries[f"{at}.moe.shared_gate.weight"] = (1, d)
         for expert in range(e):
-            shapes = {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}
-            entries |= {f"{at}.moe.experts.{expert}.{name}": shape for name, shape in shapes.items()}
+            entries |= {f"{at}.moe.experts.{expert}.{name}": shape for name, shape in _ffn_shapes(d, f).items()}
     entries["norm.weight"] = (d,)
     if not config.tie_embeddings:
         entries["head.weight"] = (v, d)
     return entries
+
+
+def _ffn_shapes(d: int, f: int) -> dict[str, tuple[int, int]]:
+    return {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}
 
 
 def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -113,6 +113,7 @@ def check_split(config: RunConfig, model: ModelConfig) -> None:
         "the model's number of key/value heads": model.num_kv_heads,
         "the model's vocabulary": model.vocab_size,
         "the model's intermediate size": model.intermediate_size if model.moe is None else tp,
+        "the width of the model's shared expert": model.moe.shared_hidden_size if model.moe else tp,
     }
     for name, size in cut.items():
         if size % tp:

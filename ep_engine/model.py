@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ep_engine.attention import Attention, Rotary, keep_apart
+from ep_engine.feed_forward import FeedForward
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
@@ -111,7 +112,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(config, rotary)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.moe is None:
-            self.ffn = FeedForward(config)
+            self.ffn = FeedForward(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         else:
             self.moe = MoELayer(config.moe, config.hidden_size, index)
         self.is_moe = config.moe is not None
@@ -146,22 +147,6 @@ def _computed_again(function: Callable[..., T], *inputs: Any) -> T:
     """function(*inputs), of which only the inputs are kept; what its backward needs is computed a second time."""
     result: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return result
-
-
-class FeedForward(nn.Module):
-    """Dense SwiGLU, arXiv:2002.05202 eq. 6."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.w_gate = nn.Linear(d, f, bias=bias)
-        self.w_up = nn.Linear(d, f, bias=bias)
-        self.w_down = nn.Linear(f, d, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        y: Tensor = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
-        return y
 
 
 class RMSNorm(nn.Module):

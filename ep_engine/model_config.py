@@ -40,8 +40,16 @@ class MoEConfig(_Part):
     """F, hidden width of one expert."""
     gate: Literal["linear", "mlp"] = "mlp"
     """`linear`: one (E, D) matrix. `mlp`: (E, D), tanh, (E, E), as in LLaMA-MoE v1."""
+    score: Literal["softmax_of_chosen", "softmax", "sigmoid"] = "softmax_of_chosen"
+    """Combine weights before all else: softmax over the K chosen, softmax over all experts, or a sigmoid each."""
+    renormalise: bool = False
+    """Whether the weights of the K chosen are divided by their sum."""
     score_scale: float = 1.0
     """Factor on the combine weights; E / K keeps the magnitude of a split dense layer (specification of LLaMA-MoE)."""
+    shared_hidden_size: int = 0
+    """Hidden width of the dense SwiGLU that every token goes through beside its experts; 0: none."""
+    shared_gate: bool = False
+    """Whether its output is multiplied by the sigmoid of a gate, as in Qwen2-MoE."""
     routing: RoutingConfig = RoutingConfig()
 
     @model_validator(mode="after")
@@ -49,6 +57,8 @@ class MoEConfig(_Part):
         e, k, rule = self.num_experts, self.top_k, self.routing
         if not 1 <= k <= e:
             raise ValueError(f"moe.top_k ({k}) must be in 1..moe.num_experts ({e}); choose fewer experts per token")
+        if self.shared_gate and self.shared_hidden_size == 0:
+            raise ValueError("moe.shared_gate is set and moe.shared_hidden_size is 0: there is nothing to gate")
         if rule.rule == "topk":
             return self
         if rule.lists is None:

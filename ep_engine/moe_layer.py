@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ep_engine.combine import combine
 from ep_engine.dispatch import dispatch
 from ep_engine.experts import Experts
+from ep_engine.feed_forward import FeedForward, SharedGate
 from ep_engine.ledger import Ledger
 from ep_engine.load_balance import RouterStatistics, router_statistics
 from ep_engine.model_config import MoEConfig
@@ -18,7 +19,7 @@ from ep_engine.transport import Alone, Link
 
 
 class MoELayer(nn.Module):
-    """A mixture of experts in the place of a decoder's FFN.
+    """A mixture of experts in the place of a decoder's FFN, and the shared expert beside it if there is one.
 
     It is built for one rank that holds all experts in the order of their ids; `join` makes it part of a group.
     """
@@ -28,6 +29,8 @@ class MoELayer(nn.Module):
         placement = Placement.contiguous(moe.num_experts, 1, layer + 1)
         self.moe, self.hidden_size = moe, hidden_size
         self.router = Router(moe, hidden_size, layer)
+        self.shared = FeedForward(hidden_size, moe.shared_hidden_size) if moe.shared_hidden_size else None
+        self.shared_gate = SharedGate(hidden_size) if moe.shared_gate else None
         self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
 
     def join(self, site: Site, *links: Link, fp8: bool = False, fixed_rows: int | None = None) -> None:
@@ -63,4 +66,8 @@ class MoELayer(nn.Module):
         if chosen == []:
             chosen.append(routing.ids_TK)
         z_RD = self.experts(rows_RD, weights_RW, arrival)
-        return combine(z_RD, arrival), router_statistics(routing)
+        y_TD = combine(z_RD, arrival)
+        if self.shared is not None:
+            shared_TD = self.shared(x_TD)
+            y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD) * shared_TD)
+        return y_TD, router_statistics(routing)

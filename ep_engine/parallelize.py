@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 from ep_engine.config import MoESection
 from ep_engine.connect import Connection, connect
 from ep_engine.entries import Shard, module_entries
+from ep_engine.feed_forward import SharedGate
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
 from ep_engine.message import Message
@@ -137,13 +138,20 @@ def _split(model: Decoder, tp: DeviceMesh) -> None:
         plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_q", "w_k", "w_v")}
         plan[f"{at}.w_o"] = RowwiseParallel(output_layouts=sequence)
         if not layer.is_moe:
-            at = f"layers.{i}.ffn"
-            plan[at] = PrepareModuleInput(input_layouts=(sequence,), desired_input_layouts=(whole,))
-            plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_gate", "w_up")}
-            plan[f"{at}.w_down"] = RowwiseParallel(output_layouts=sequence)
+            plan |= _split_ffn(f"layers.{i}.ffn", sequence)
+        elif layer.moe.shared is not None:
+            plan |= _split_ffn(f"layers.{i}.moe.shared", Split(0))  # of tokens, in whatever order
     parallelize_module(model, tp, plan)
     if model.is_last and model.head is not None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, tp, [Split(0)]))
+
+
+def _split_ffn(at: str, tokens: Split) -> dict[str, ParallelStyle]:
+    return {
+        at: PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(Replicate(),)),
+        **{f"{at}.{name}": ColwiseParallel() for name in ("w_gate", "w_up")},
+        f"{at}.w_down": RowwiseParallel(output_layouts=tokens),
+    }
 
 
 def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) -> None:
@@ -158,8 +166,8 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
         if dtype != torch.float32 or split:
             fully_shard(moe.router, mesh=meshes.stage, mp_policy=exact, reshard_after_forward=reshard)
     if split:
-        for norm in (module for module in model.modules() if isinstance(module, RMSNorm)):
-            fully_shard(norm, mesh=meshes.stage, mp_policy=compute, reshard_after_forward=reshard)
+        for alone in (module for module in model.modules() if isinstance(module, (RMSNorm, SharedGate))):
+            fully_shard(alone, mesh=meshes.stage, mp_policy=compute, reshard_after_forward=reshard)
     for layer in model.decoder_layers().values():
         fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=reshard)
     fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)

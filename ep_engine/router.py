@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Logits by a linear or a two-layer gate in float32; combine weights by softmax over the K chosen, times a scale.
+    """Logits by a linear or a two-layer gate in float32, and combine weights as MoEConfig's `score` says.
 
     The gates of LLaMA-MoE v1: `linear` is w_in (E, D); `mlp` is w_out (E, E) tanh(w_in x).
     """
@@ -35,7 +35,7 @@ class Router(nn.Module):
         super().__init__()
         self.w_in = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, moe.num_experts)) if moe.gate == "mlp" else None
-        self.score_scale = moe.score_scale
+        self.weighing = moe.score, moe.renormalise, moe.score_scale
         self.rule = make_rule(moe, layer)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor | None = None) -> Routing:
@@ -43,7 +43,8 @@ class Router(nn.Module):
         logits_TE = linear_by_row(x_TD.float(), self.w_in.float())
         if self.w_out is not None:
             logits_TE = linear_by_row(torch.tanh(logits_TE), self.w_out.float())
-        how = self.rule.on(logits_TE.device)._replace(scale=self.score_scale)
+        score, renormalise, scale = self.weighing
+        how = self.rule.on(logits_TE.device)._replace(score=score, renormalise=renormalise, scale=scale)
         if ids_TK is not None:
             how = how._replace(rule="given")
         ids_TK, weights_TK = _Choose.apply(logits_TE, how, ids_TK)  # type: ignore[no-untyped-call]
