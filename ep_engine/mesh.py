@@ -7,11 +7,12 @@ that makes process groups.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,7 @@ def process_groups(
     tp_size: int = 1,
     etp_size: int = 1,
     pp_size: int = 1,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[Meshes]:
     """Join the other ranks, make the meshes, and leave at the end; a program that has joined already stays joined.
 
@@ -104,6 +106,10 @@ def process_groups(
         tp_size: ranks that share one batch row and split its sequence; consecutive too.
         etp_size: ranks that split each expert; consecutive too.
         pp_size: groups of ranks that follow each other with other layers.
+        settings: JSON values that all ranks must have in common, by name; compared before any group is made.
+
+    Raises:
+        UserError: on every rank, if one was started with other settings.
     """
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -119,18 +125,38 @@ def process_groups(
     try:
         ranks = torch.arange(world.size).view(pp_size, -1)
         dense, experts = ranks.view(pp_size, -1, tp_size), ranks.view(pp_size, -1, ep_size, etp_size)
-        yield _make_meshes(world, device, dense, experts, timeout_s)
+        nodes = _meet(world, settings or {})
+        yield _make_meshes(world, device, dense, experts, nodes, timeout_s)
     finally:
         if not joined:
             dist.destroy_process_group()
 
 
+def _meet(world: World, settings: Mapping[str, Any]) -> list[int]:
+    """The node of every rank."""
+    ranks: list[tuple[int, Mapping[str, Any]]] = [(0, {})] * world.size
+    dist.all_gather_object(ranks, (world.node, settings))
+    of_first = ranks[0][1]
+    for rank, (_, of_rank) in enumerate(ranks):
+        for name in (*of_first, *of_rank):
+            ours, theirs = of_first.get(name), of_rank.get(name)
+            if ours != theirs:
+                raise UserError(
+                    f"{name} is {ours} on rank 0 and {theirs} on rank {rank}; start all ranks with the same run file, "
+                    "overrides and files"
+                )
+    return [node for node, _ in ranks]
+
+
 def _make_meshes(
-    world: World, device: torch.device, dense: torch.Tensor, experts: torch.Tensor, timeout_s: float
+    world: World,
+    device: torch.device,
+    dense: torch.Tensor,
+    experts: torch.Tensor,
+    nodes: list[int],
+    timeout_s: float,
 ) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
-    nodes: list[int] = [0] * world.size
-    dist.all_gather_object(nodes, world.node)
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
     dispatch = experts.flatten(2).flatten(0, 1).tolist()
     axes = {

@@ -1,8 +1,10 @@
 """From a run's configuration to what will be trained: every file read, every relation checked, before any group."""
 
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -46,6 +48,21 @@ class Run:
     resume: Path | None  # checkpoint with moments and a step to go on from
     train: TokenFile
     heldout: TokenFile | None
+
+    def settings(self) -> dict[str, Any]:
+        """What all ranks must have in common, by the names that a user knows."""
+        keys = {
+            f"{section}.{name}": value
+            for section, values in self.config.model_dump(mode="json").items()
+            for name, value in values.items()
+        }
+        layers = self.placement.layers if self.placement else None
+        return keys | {
+            "the checkpoint to go on from": str(self.checkpoint),
+            "the model (crc32)": zlib.crc32(self.model.model_dump_json().encode()),
+            "the placement (crc32)": zlib.crc32(repr(layers).encode()),
+            "the number of tokens in data.train": self.train.num_tokens,
+        }
 
 
 def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None, overwrite: bool = False) -> Run:

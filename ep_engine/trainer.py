@@ -79,6 +79,7 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
         tp_size=parallel.tensor_parallel_size,
         etp_size=parallel.expert_tensor_parallel_size,
         pp_size=parallel.pipeline_parallel_size,
+        settings=run.settings(),
     )
     with groups as meshes:
         trainer = Trainer(run, meshes, device)

@@ -3,24 +3,26 @@
 import json
 import os
 import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from checkpoint_tools.source import open_source
 from ep_engine.checkpoint import newest, read_manifest
 from ep_engine.collaboration import Profile, read_profile
 from ep_engine.config import RunConfig
-from ep_engine.errors import Fault
+from ep_engine.errors import Fault, UserError
 from ep_engine.mesh import World
 from ep_engine.resolve import resolve
 from ep_engine.tokens import TokenFile
 from ep_engine.trainer import train
 from tests.distributed import run_ranks
-from tests.run_cases import losses, moe_model, small_run, train_here, write_text
+from tests.run_cases import NEW_MODEL, losses, moe_model, small_run, train_here, write_text
 from tests.small_models import dense_folder, run_tool
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -288,31 +290,74 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(fo
     assert not (config.output.folder / "summary.json").exists()
 
 
-class DyingTokens(TokenFile):
-    """Text whose reader is gone on its third batch."""
+class LosingTokens(TokenFile):
+    """Text whose reader dies, or says nothing any more, on its third batch."""
 
-    reads = 0
+    reads, silent = 0, False
 
     def read(self, start: int, count: int) -> Any:
         self.reads += 1
-        if self.reads > 2 * 4:  # rows of a rank's batch
+        if self.reads > 2 * 8 // 2:  # rows of two batches
+            time.sleep(20 if self.silent else 0)
             os._exit(0)  # without a word, and so that only what the others do counts
         return super().read(start, count)
 
 
-def test_a_rank_that_dies_is_a_fault_on_the_others(folder: Path) -> None:
-    config = small_run(folder, "dying", train={"steps": 6})
-    run_ranks(_lose_a_rank, config, folder, world_size=2)
-    assert (folder / "sentence").read_text().startswith("rank 0 of 2 in group world: step 3 did not finish (")
+LOST: dict[str, dict[str, Any]] = {
+    "dp2": {},
+    "pp2": {"parallel": {"pipeline_parallel_size": 2}, "train": {"micro_batches": 2}},
+    "pp2 zbv": {"parallel": {"pipeline_parallel_size": 2, "pipeline_schedule": "zbv"}, "train": {"micro_batches": 2}},
+}
 
 
-def _lose_a_rank(rank: int, world_size: int, config: RunConfig, folder: Path) -> None:
+@pytest.mark.parametrize("how", ["dead", "silent"])
+@pytest.mark.parametrize("layout", LOST)
+def test_a_rank_that_is_lost_is_a_fault_on_the_others(layout: str, how: str, folder: Path) -> None:
+    name = f"{how}-{layout}".replace(" ", "-")
+    sections = {key: dict(values) for key, values in LOST[layout].items()}
+    sections["train"] = {"steps": 6, **sections.get("train", {})}
+    sections["parallel"] = {"timeout_s": 4.0 if how == "silent" else 60.0, **sections.get("parallel", {})}
+    config = small_run(folder, name, model=NEW_MODEL | {"num_layers": 4}, **sections)
+    run_ranks(_lose_a_rank, config, folder / f"{name}.txt", how == "silent", world_size=2, dying=frozenset({1}))
+    assert (folder / f"{name}.txt").read_text().startswith("rank 0 of 2 in group world: step 3 did not finish (")
+
+
+def _lose_a_rank(rank: int, world_size: int, config: RunConfig, words: Path, silent: bool) -> None:
     run = resolve(config, world_size)
     if rank == 1:
-        train(replace(run, train=DyingTokens(config.data.train)), World(rank=rank, size=world_size))
+        tokens = LosingTokens(config.data.train)
+        tokens.silent = silent
+        if config.parallel.pipeline_parallel_size > 1:
+            tokens.reads = -8  # it has all rows there, not half of them
+        train(replace(run, train=tokens), World(rank=rank, size=world_size))
+    started = time.monotonic()
     with pytest.raises(Fault, match="a peer died or hangs, look at the first rank that failed") as caught:
         train(run, World(rank=rank, size=world_size))
-    (folder / "sentence").write_text(str(caught.value))
+    assert time.monotonic() - started < 18  # two steps and the time-out; the silent rank still sleeps
+    words.write_text(str(caught.value))
+
+
+OTHERS = {
+    "train.seed": r"^train\.seed is 0 on rank 0 and 7 on rank 1; start all ranks with the same run file, overrides and",
+    "model": r"^the model \(crc32\) is \d+ on rank 0 and \d+ on rank 1; start all ranks with the same run file,",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_rank_with_other_settings_is_refused_by_all(other: str, folder: Path) -> None:
+    run_ranks(_start_otherwise, small_run(folder, f"others-{other}", **moe_sections(folder)), other)
+
+
+def _start_otherwise(rank: int, world_size: int, config: RunConfig, other: str) -> None:
+    if rank == 1 and other == "train.seed":
+        config = config.model_copy(update={"train": config.train.model_copy(update={"seed": 7})})
+    run = resolve(config, world_size)
+    if rank == 1 and other == "model":  # a file of the same name, but not the same on the two nodes
+        run = replace(run, model=run.model.model_copy(update={"rope_theta": 5.0}))
+    dist.barrier()
+    with pytest.raises(UserError, match=OTHERS[other]):
+        train(run, World(rank=rank, size=world_size))
+    assert not run.config.output.folder.exists()
 
 
 def test_a_full_disk_during_a_save_keeps_the_checkpoint_before(folder: Path) -> None:
