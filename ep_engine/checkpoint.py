@@ -13,10 +13,10 @@ import pickle
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ from ep_engine import checksum
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.errors import Fault, UserError
 from ep_engine.model_config import ModelConfig, read_model_config
-from ep_engine.output import reported_disk_errors, whole_folder
+from ep_engine.output import begin_folder, finish_folder, remove_folder, reported_disk_errors
 
 FORMAT_VERSION = 1
+
+T = TypeVar("T")
 
 
 def checksums(entries: Mapping[str, Shard], group: dist.ProcessGroup | None) -> dict[str, int]:
@@ -67,52 +69,44 @@ def save(
     """
     sums = checksums(entries, group)
     leader = group is None or dist.get_rank(group) == 0
-    where = [str(folder)]
+
+    def write() -> None:
+        _save_weights(draft / "weights", entries, group)
+        if leader:
+            _save_words(draft, config, sums, training or {}, source)
+
+    draft = _together(lambda: begin_folder(folder, overwrite=overwrite) if leader else folder, folder, group)
+    try:
+        _together(write, folder, group)
+        _together(lambda: finish_folder(draft, folder) if leader else None, folder, group)
+    finally:
+        if leader:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _together(work: Callable[[], T], folder: Path, group: dist.ProcessGroup | None) -> T:
+    """Do this rank's part of a save; returns what the first rank's gave. If any rank fails, all raise the same."""
+    value: T | None = None
     error: Exception | None = None
-    context = whole_folder(folder, overwrite=overwrite) if leader else None
     try:
-        if context is not None:
-            where = [str(context.__enter__())]
-        if group is not None:
-            dist.broadcast_object_list(where, group_src=0, group=group)
         with reported_disk_errors(folder):
-            _save_weights(Path(where[0]) / "weights", entries, group)
-            if leader:
-                _save_words(Path(where[0]), config, sums, training or {}, source)
+            value = work()
     except Exception as caught:
-        error = caught
-    error = _first_error(error, group)
-    if context is not None:
-        _close(context, error, folder)
-    elif error is not None:
-        raise _save_fault(folder, error)
-    if group is not None:
-        dist.barrier(group)
-
-
-def _first_error(error: Exception | None, group: dist.ProcessGroup | None) -> Exception | None:
-    """Whether any rank failed: all must know before the leader gives the folder its name. The own error comes first."""
+        error = _save_fault(folder, caught)
     if group is None:
-        return error
-    words: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(words, None if error is None else str(error), group=group)
-    others = [word for word in words if word is not None]
-    return error or (Fault(others[0]) if others else None)
-
-
-def _close(context: Any, error: Exception | None, folder: Path) -> None:
-    if error is None:
-        context.__exit__(None, None, None)
-        return
-    try:
-        context.__exit__(type(error), error, error.__traceback__)
-    except Exception as raised:
-        raise _save_fault(folder, raised) from error
-    raise _save_fault(folder, error)  # __exit__ returns, and does not raise, where the error passed through unchanged
+        if error is not None:
+            raise error
+        return cast(T, value)
+    outcomes: list[tuple[T, str | None]] = [None] * dist.get_world_size(group)  # type: ignore[list-item]  # filled next
+    dist.all_gather_object(outcomes, (value, None if error is None else str(error)), group=group)
+    for _, words in outcomes:
+        if words is not None:
+            raise Fault(words, everywhere=True) from error
+    return outcomes[0][0]
 
 
 def _save_fault(folder: Path, error: Exception) -> Exception:
-    """torch.distributed.checkpoint wraps what a rank's disk said; keep the words, drop the layers around them."""
+    """The words of a rank's disk in a sentence."""
     if isinstance(error, (Fault, UserError)):
         return error
     return Fault(f"checkpoint {folder} was not written ({error}); the previous one is untouched")
@@ -120,20 +114,22 @@ def _save_fault(folder: Path, error: Exception) -> Exception:
 
 def _save_weights(path: Path, entries: Mapping[str, Shard], group: dist.ProcessGroup | None) -> None:
     state = {name: shard.saved for name, shard in entries.items()}
-    with _plain_words():
+    with _plain_words(group):
         dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
 
 
 @contextmanager
-def _plain_words() -> Iterator[None]:
+def _plain_words(group: dist.ProcessGroup | None) -> Iterator[None]:
     """Make torch.distributed.checkpoint speak plainly.
 
     It wraps what went wrong on a rank in a BaseException, which `except Exception` lets through, and it warns about a
     single process even where `no_dist` asks for one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        with ExitStack() as quiet:
+            if group is None:  # what is ignored is ignored in all threads: not where a thread saves
+                quiet.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
             yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
@@ -178,9 +174,7 @@ def newest(run_folder: Path) -> Path | None:
 def keep_newest(run_folder: Path, count: int) -> None:
     """Delete all but the newest `count` checkpoints of a run."""
     for path in _of_run(run_folder)[:-count]:
-        going = path.with_name(f"{path.name}.deleting")  # no checkpoint any more, however far the deletion gets
-        path.rename(going)
-        shutil.rmtree(going)
+        remove_folder(path)
 
 
 def _of_run(run_folder: Path) -> list[Path]:
@@ -219,7 +213,7 @@ def load(folder: Path, entries: Mapping[str, Shard], *, group: dist.ProcessGroup
     _check_shapes(folder, entries)
     state = {name: shard.saved for name, shard in entries.items()}
     try:
-        with torch.no_grad(), _plain_words():
+        with torch.no_grad(), _plain_words(group):
             dcp.load(state, checkpoint_id=folder / "weights", process_group=group, no_dist=group is None)
     except (OSError, RuntimeError) as error:
         words = str(error).splitlines()[0][:120]

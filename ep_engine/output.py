@@ -1,5 +1,6 @@
-"""Outputs appear whole or not at all: written beside their final place, then renamed."""
+"""Outputs appear whole or not at all: written beside their final place, brought to the disk, then renamed."""
 
+import ctypes
 import errno
 import os
 import shutil
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ep_engine.errors import Fault, UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 def check_output_folder(path: Path, *, overwrite: bool) -> None:
@@ -48,17 +51,35 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         UserError: `path` is a non-empty folder and `overwrite` is not set.
         Fault: the disk is full; whatever stood at `path` still stands there.
     """
-    check_output_folder(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had the same number
-    beside.mkdir()
+    beside = begin_folder(path, overwrite=overwrite)
     try:
         with reported_disk_errors(path):
             yield beside
-            _replace_folder(beside, path)
+            finish_folder(beside, path)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def begin_folder(path: Path, *, overwrite: bool = False) -> Path:
+    """An empty folder beside `path`; the caller gives it the name with `finish_folder`, and removes what is left."""
+    check_output_folder(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed and had the same number
+    beside.mkdir()
+    return beside
+
+
+def finish_folder(beside: Path, path: Path) -> None:
+    """Let `beside` take the name `path`, once the disk has all of it. What stood at `path` is then at `beside`."""
+    for folder, _, names in os.walk(beside, topdown=False):
+        for name in (*names, ""):
+            _sync(Path(folder, name))
+    if path.is_dir() and any(path.iterdir()):  # rename(2) replaces only an empty folder
+        _exchange(beside, path)
+    else:
+        os.rename(beside, path)
+    _sync(path.parent)
 
 
 @contextmanager
@@ -70,9 +91,27 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with reported_disk_errors(path):
             yield beside
+            _sync(beside)
             os.replace(beside, path)
+            _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder, which loses its name first: half of it never passes for the whole."""
+    going = _beside(path)
+    os.rename(path, going)
+    shutil.rmtree(going)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what dead processes began in `folder` and did not finish; only where no live one writes."""
+    for path in folder.glob(".*.partial-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
@@ -86,15 +125,33 @@ def reported_disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    """rename(2) replaces only an empty folder, so an old one steps aside first and is put back on failure."""
-    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-    if path.exists():
-        os.rename(path, old)
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder, through a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.rename(new, path)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap the names of two folders in one step, so that there is never none of that name."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        raise OSError(number, os.strerror(number), str(b))
+    # A file system that cannot: killed between these, a process leaves both folders, and neither under the name.
+    aside = b.with_name(f".{b.name}.replaced-{os.getpid()}")
+    os.rename(b, aside)
+    try:
+        os.rename(a, b)
     except OSError:
-        if old.exists():
-            os.rename(old, path)
+        os.rename(aside, b)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    os.rename(aside, a)
