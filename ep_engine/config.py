@@ -190,6 +190,8 @@ class OutputSection(_Section):
     """go on from the last checkpoint in the folder, in any layout"""
     keep_checkpoints: int | None = Field(None, ge=1)
     """checkpoints that stay; older ones are deleted after a save [all]"""
+    async_save: bool = True
+    """checkpoints are written while training goes on, from a copy in host memory, 12 bytes per weight of a rank"""
 
 
 class RunConfig(_Section):

@@ -71,6 +71,7 @@ class Meshes:
     stage: DeviceMesh  # ("stage",): the ranks with the same layers, for what each does on tokens of its own
     ends: dist.ProcessGroup | None  # the first and the last stage; None: this rank has neither, or both
     world: dist.ProcessGroup
+    saving: dist.ProcessGroup  # every rank again, for the thread that writes checkpoints, over gloo
     node_of_rank: list[int]  # [world size]
     timeout_s: float  # a rank that hears nothing from another for so long fails
     ep_inside: dist.ProcessGroup | None  # the ranks of `dispatch` on this rank's node, and
@@ -178,6 +179,8 @@ def _make_meshes(
             if world.rank in ranks:
                 own[axis] = group
 
+    saving = dist.new_group(timeout=timedelta(seconds=timeout_s), backend="gloo", group_desc="saving")
+
     def mesh(grid: torch.Tensor, *names: str) -> DeviceMesh:
         return DeviceMesh.from_group([own[name] for name in names], device.type, mesh=grid, mesh_dim_names=names)
 
@@ -188,6 +191,7 @@ def _make_meshes(
         stage=DeviceMesh.from_group(own["stage"], device.type, mesh_dim_names=("stage",)),
         ends=own.get("ends"),
         world=dist.group.WORLD,
+        saving=saving,
         node_of_rank=nodes,
         timeout_s=timeout_s,
         ep_inside=own.get("ep_inside"),

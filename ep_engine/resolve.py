@@ -17,6 +17,7 @@ from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_
 from ep_engine.ops import MAX_SHARERS, MAX_TOP_K
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
+from ep_engine.run_folder import check_unused
 from ep_engine.stages import Stages
 from ep_engine.tokens import Batches, TokenFile, heldout_batches
 
@@ -78,6 +79,7 @@ def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         UserError: the ranks, the experts, the placement, the lists, the data or the run folder do not fit.
     """
     check_ranks(config, world_size)
+    check_unused(config.output.folder)
     resume = _last_checkpoint(config) if config.output.resume else None
     if not config.output.resume:
         check_output_folder(config.output.folder, overwrite=overwrite)

@@ -4,6 +4,7 @@ FOLDER/run.toml                  what was asked, with the layout and the version
 FOLDER/metrics.jsonl             a line every `train.log_every` steps, and before a save
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
 FOLDER/profile.npz               who worked with whom in a MoE model, for `ep-engine place`
+FOLDER/run.lock                  held while the run lives
 FOLDER/summary.json              written last: the figures of the run since `first_step`
 
 A resumed run writes run.from-STEP.toml beside run.toml, and drops the metrics of the steps that it does again.
@@ -12,11 +13,10 @@ A resumed run writes run.from-STEP.toml beside run.toml, and drops the metrics o
 import json
 import math
 import re
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_engine import checkpoint, debug
+from ep_engine import checkpoint, debug, run_folder
 from ep_engine.agreement import check_agreement
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
@@ -46,6 +46,7 @@ from ep_engine.output import whole_file
 from ep_engine.parallelize import build, entries_of
 from ep_engine.pipeline import Pipeline
 from ep_engine.resolve import Run
+from ep_engine.saver import Saver
 from ep_engine.tokens import Batch, Batches, heldout_batches
 from ep_engine.transport import lost_peer
 from ep_engine.watch import RouterWatch
@@ -66,6 +67,7 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
         report: called on rank 0 with every line of metrics.jsonl.
 
     Raises:
+        UserError: another run has taken the folder since `resolve` looked.
         Fault: the loss is not a number (the last checkpoint stays), a rank is gone, or the disk is full.
     """
     torch.manual_seed(run.config.train.seed)
@@ -83,7 +85,8 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
     )
     with groups as meshes:
         trainer = Trainer(run, meshes, device)
-        summary = trainer.run_steps(report if world.rank == 0 else lambda _: None)
+        with trainer.folder_opened(), trainer.saver:
+            summary = trainer.run_steps(report if world.rank == 0 else lambda _: None)
         dist.barrier()
         return summary
 
@@ -154,7 +157,15 @@ class Trainer:
         self.total = Ledger(self.ledger.tier_of_rank)
         self.speeds: list[float] = []
         self.loads_LE: Tensor | None = None
-        self.last_saved: Path | None = None
+        self.saver = Saver(
+            self.config.output.folder,
+            run.model,
+            data.tokenizer or run.checkpoint,
+            meshes.saving,
+            meshes.timeout_s,
+            keep=self.config.output.keep_checkpoints,
+            background=self.config.output.async_save,
+        )
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
@@ -171,11 +182,11 @@ class Trainer:
     def run_steps(self, report: Report) -> dict[str, Any]:
         """All steps that are left, the last evaluation and the summary."""
         folder, train = self.config.output.folder, self.config.train
-        self._open_folder(folder)
         window = _Window()
         while self.step < train.steps:
             with self._peers_watched(f"step {self.step + 1}"):
                 window.losses.append(self.one_step())
+                self.saver.poll(self.group)
             saving = self.step == train.steps or (train.save_every is not None and self.step % train.save_every == 0)
             if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
                 if debug.wanted():
@@ -187,11 +198,14 @@ class Trainer:
             if saving:
                 before = time.perf_counter()
                 with self._peers_watched(f"the save at step {self.step}"):
-                    self._save(folder)
+                    self._save()
                 window.started += time.perf_counter() - before  # a save is no training
         with self._peers_watched("the evaluation"):
             summary = self._summary()
             self._save_profile(folder)
+        with self._peers_watched(f"the save at step {self.step}"):
+            self.saver.wait()
+        summary["save_seconds"] = self.saver.blocked_s
         if self.rank == 0:
             with whole_file(folder / "summary.json") as beside:
                 beside.write_text(json.dumps(summary, indent=1) + "\n")
@@ -220,7 +234,8 @@ class Trainer:
         # Ranks of a tp group have the same loss.
         total, norm = sum_over_ranks(share / self.tp_size, self.stages, self.group)
         if not (math.isfinite(total) and math.isfinite(norm)):
-            kept = self.last_saved or self.run.resume
+            self.saver.wait()
+            kept = self.saver.last or self.run.resume
             raise Fault(
                 f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; training stopped, "
                 f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was written yet'}, lower "
@@ -322,21 +337,9 @@ class Trainer:
         moe_layers = self.run.model.num_layers if self.run.model.moe else 0
         return evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
 
-    def _save(self, folder: Path) -> None:
+    def _save(self) -> None:
         entries = entries_of(self.stages, etp=self.etp) | moment_entries(self.stages, self.optimizer, etp=self.etp)
-        path = folder / "checkpoints" / f"step_{self.step:06}"
-        checkpoint.save(
-            path,
-            self.run.model,
-            entries,
-            training={"step": self.step},
-            source=self.config.data.tokenizer or self.run.checkpoint,
-            group=self.group,
-            overwrite=True,
-        )
-        self.last_saved = path
-        if self.config.output.keep_checkpoints is not None and self.rank == 0:
-            checkpoint.keep_newest(folder, self.config.output.keep_checkpoints)
+        self.saver.save(self.step, entries)
 
     def _save_profile(self, folder: Path) -> None:
         """Who worked with whom in the steps of this run: `profile.npz`, as `ep-engine profile` writes it."""
@@ -348,25 +351,38 @@ class Trainer:
         if self.rank == 0:
             Profile.of_pairs(self.watch.pairs_LEE.cpu().numpy(), moe.top_k, about).save(folder / "profile.npz")
 
-    def _open_folder(self, folder: Path) -> None:
-        if self.rank == 0:
-            name = "run.toml"
-            if self.run.resume is None:
-                if folder.exists():
-                    shutil.rmtree(folder)  # `resolve` asked whether that is wanted
-                folder.mkdir(parents=True)
-            else:
-                name = f"run.from-{self.step}.toml"
-                self._forget_later_steps(folder / "metrics.jsonl")
-            layout = f"# {self.num_ranks} ranks on {self.device.type}, torch {torch.__version__}\n"
-            (folder / name).write_text(layout + to_toml(self.config), encoding="utf-8")
-        dist.barrier(self.group)
+    @contextmanager
+    def folder_opened(self) -> Iterator[None]:
+        """Take the run folder for this run; a run that does not go on with what is there begins with an empty one."""
+        refusal: list[str | None] = [None]
+        with ExitStack() as held:
+            if self.rank == 0:
+                try:
+                    held.enter_context(run_folder.locked(self.config.output.folder))
+                    self._write_run_file(self.config.output.folder)
+                except UserError as error:
+                    refusal = [str(error)]
+            dist.broadcast_object_list(refusal, group_src=0, group=self.group)
+            if refusal[0] is not None:
+                raise UserError(refusal[0])
+            yield
+
+    def _write_run_file(self, folder: Path) -> None:
+        name = "run.toml"
+        if self.run.resume is None:
+            run_folder.empty(folder)  # `resolve` asked whether that is wanted
+        else:
+            name = f"run.from-{self.step}.toml"
+            self._forget_later_steps(folder / "metrics.jsonl")
+        layout = f"# {self.num_ranks} ranks on {self.device.type}, torch {torch.__version__}\n"
+        (folder / name).write_text(layout + to_toml(self.config), encoding="utf-8")
 
     def _forget_later_steps(self, metrics: Path) -> None:
-        """Drop the lines of steps that this run does again."""
+        """Drop the lines of steps that this run does again, and the half of one that a killed run left."""
         if metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(f"{line}\n" for line in lines))
+            whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            with whole_file(metrics) as beside:
+                beside.write_text("".join(line for line in whole if json.loads(line)["step"] <= self.step))
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         if self.rank == 0:

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    "errors", "output", "progress", "machine", "checksum", "stages", "model_config", "config",  # foundations
+    "errors", "output", "run_folder", "progress", "machine", "checksum",  # foundations
+    "stages", "model_config", "config",
     "debug", "ops", "placement", "ledger", "reference", "message", "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "feed_forward", "load_balance", "moe_layer", "attention", "model",  # what it is part of
-    "tokens", "corpus", "entries", "checkpoint", "initial", "collaboration",  # what it reads and writes
+    "tokens", "corpus", "entries", "checkpoint", "saver", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "trainer",  # what trains it
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
