@@ -189,9 +189,10 @@ class Trainer:
                 self.saver.poll(self.group)
             saving = self.step == train.steps or (train.save_every is not None and self.step % train.save_every == 0)
             if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
-                if debug.wanted():
-                    self.check_agreement()
-                line = self._metrics(window)
+                with self._peers_watched(f"the metrics of step {self.step}"):
+                    if debug.wanted():
+                        self.check_agreement()
+                    line = self._metrics(window)
                 self._append(folder / "metrics.jsonl", line)
                 report(line)
                 window = _Window()
@@ -212,10 +213,10 @@ class Trainer:
         return summary
 
     def check_agreement(self) -> None:
-        with self._peers_watched(f"the comparison after step {self.step}"):
-            entries = entries_of(self.stages, etp=self.etp)
-            moments = moment_entries(self.stages, self.optimizer, etp=self.etp)
-            check_agreement(self.stages, entries | moments, self._part(0), self.meshes, self.step)
+        """See agreement.py."""
+        entries = entries_of(self.stages, etp=self.etp)
+        moments = moment_entries(self.stages, self.optimizer, etp=self.etp)
+        check_agreement(self.stages, entries | moments, self._part(0), self.meshes, self.step)
 
     @contextmanager
     def _peers_watched(self, where: str) -> Iterator[None]:
