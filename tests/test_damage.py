@@ -1,5 +1,6 @@
 """A full disk and damaged checkpoints: one sentence, status 1 or 2, and whatever stood before still stands."""
 
+import random
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "empty manifest": (lambda f: (f / "manifest.json").write_text("{}"), 2, "has format version None"),
     "damaged model.json": (lambda f: (f / "model.json").write_text("{"), 2, "model.json"),
 }
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.json", "weights/.metadata", "weights/__0_0.distcp"])
+def test_a_file_cut_short_anywhere_is_never_read(
+    name: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(dense, tmp_path / "engine")
+    file = tmp_path / "engine" / name
+    whole = file.read_bytes()
+    lengths = {0, 1, len(whole) - 1, *random.Random(0).sample(range(len(whole)), 40)}
+    for length in sorted(lengths):
+        file.write_bytes(whole[:length])
+        assert run_tool("export", tmp_path / "engine", tmp_path / "hf") in (1, 2), length
+        message = capsys.readouterr().err
+        assert str(tmp_path / "engine") in message
+        assert message.count("\n") == 1
+    file.write_bytes(whole)
+    assert run_tool("export", tmp_path / "engine", tmp_path / "hf") == 0
 
 
 @pytest.mark.parametrize("name", DAMAGE)
