@@ -40,10 +40,12 @@ def train_command(
     run_file: Annotated[Path, typer.Argument(help="TOML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
     check_for: Annotated[int | None, typer.Option(min=1, help="only check the run, for this many ranks")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="of --check-for, on every node [all]")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Train; under torchrun on as many ranks as it starts."""
+    """Train; under torchrun on as many ranks as it starts. Started again, they go on from the last checkpoint."""
+    from ep_engine import job
     from ep_engine.config import load_config
     from ep_engine.mesh import World
     from ep_engine.resolve import resolve
@@ -51,11 +53,20 @@ def train_command(
 
     world = World.from_environment()
     config = load_config(run_file, overrides or [])
-    ranks_per_node = None if check_for else world.local_size
-    run = resolve(config, check_for or world.size, ranks_per_node=ranks_per_node, overwrite=overwrite)
+    restarted = job.has_begun(config.output.folder)
+    run = resolve(
+        config,
+        check_for or world.size,
+        ranks_per_node=ranks_per_node if check_for else world.local_size,
+        overwrite=overwrite,
+        restarted=restarted,
+    )
     if check_for is not None:
         return
     device = world.pick_device(config.parallel.device)
+    if world.rank == 0 and restarted:
+        where = f"going on from {run.resume}" if run.resume else "there is no checkpoint yet, beginning again"
+        typer.echo(f"the ranks of this job were started again; {where}", err=True)
     if world.rank == 0:
         typer.echo(f"{world.size} ranks on {device.type} (parallel.device = {config.parallel.device})", err=True)
     summary = train(run, world, report=_print_line)

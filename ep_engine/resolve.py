@@ -66,7 +66,14 @@ class Run:
         }
 
 
-def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = None, overwrite: bool = False) -> Run:
+def resolve(
+    config: RunConfig,
+    world_size: int,
+    *,
+    ranks_per_node: int | None = None,
+    overwrite: bool = False,
+    restarted: bool = False,
+) -> Run:
     """Read and check everything a run needs; touches no output.
 
     Args:
@@ -74,15 +81,18 @@ def resolve(config: RunConfig, world_size: int, *, ranks_per_node: int | None = 
         world_size: ranks of the job.
         ranks_per_node: of the job; None: all on one node.
         overwrite: a run folder that is not empty may be replaced.
+        restarted: the folder is this job's own: go on from its last checkpoint, or begin again if it holds none yet.
 
     Raises:
         UserError: the ranks, the experts, the placement, the lists, the data or the run folder do not fit.
     """
     check_ranks(config, world_size)
     check_unused(config.output.folder)
-    resume = _last_checkpoint(config) if config.output.resume else None
-    if not config.output.resume:
-        check_output_folder(config.output.folder, overwrite=overwrite)
+    resume = _last_checkpoint(config) if config.output.resume and not restarted else None
+    if restarted:  # even if all steps are done: what comes after them may not be
+        resume = newest(config.output.folder)
+    if resume is None:
+        check_output_folder(config.output.folder, overwrite=overwrite or restarted)
         _check_apart(config)
     checkpoint = resume or config.model.checkpoint
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)

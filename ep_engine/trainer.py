@@ -1,6 +1,7 @@
 """Train: the loop over steps, and what a run leaves in its folder.
 
 FOLDER/run.toml                  what was asked, with the layout and the versions as comments
+FOLDER/job                       torchrun's id of the job, by which ranks that are started again know the folder
 FOLDER/metrics.jsonl             a line every `train.log_every` steps, and before a save
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
 FOLDER/profile.npz               who worked with whom in a MoE model, for `ep-engine place`
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_engine import checkpoint, debug, run_folder
+from ep_engine import checkpoint, debug, job, run_folder
 from ep_engine.agreement import check_agreement
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
@@ -375,6 +376,7 @@ class Trainer:
         else:
             name = f"run.from-{self.step}.toml"
             self._forget_later_steps(folder / "metrics.jsonl")
+        job.mark(folder)  # first: a folder with anything in it is known to be ours
         layout = f"# {self.num_ranks} ranks on {self.device.type}, torch {torch.__version__}\n"
         (folder / name).write_text(layout + to_toml(self.config), encoding="utf-8")
 

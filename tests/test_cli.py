@@ -1,6 +1,7 @@
 """`ep-engine train`, `profile` and `place`: what they print and write, how they end, and what they leave alone."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,43 @@ def test_one_command_after_the_other(run: Command, files: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
+def test_ranks_that_are_started_again_go_on_in_the_folder_of_their_job(
+    run: Command, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("train", write_run(files, tmp_path), "train.steps=2", "train.log_every=1")
+    folder = tmp_path / "run"
+    again = "the ranks of this job were started again; "
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    status, _, err = run(*command)
+    assert status == 0
+    assert again not in err
+    (folder / "summary.json").unlink()  # as if a rank had died in the evaluation
+    status, _, err = run(*command)
+    assert status == 0
+    assert err.startswith(f"{again}going on from {folder}/checkpoints/step_000002\n")
+    assert json.loads((folder / "summary.json").read_text())["heldout_loss"] > 0
+    shutil.rmtree(folder / "checkpoints")
+    status, _, err = run(*command)
+    assert status == 0
+    assert err.startswith(f"{again}there is no checkpoint yet, beginning again\n")
+
+    before = contents(folder)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    status, _, err = run(*command)
+    assert status == 2
+    assert "is not empty" in err
+    assert contents(folder) == before
+
+
+def test_check_for_many_nodes_knows_their_ranks(run: Command, files: Path, tmp_path: Path) -> None:
+    over_nodes = ("train", write_run(files, tmp_path), "parallel.expert_parallel_size=4", "--check-for", 4)
+    assert run(*over_nodes, "moe.transport=hierarchical", "--ranks-per-node", 2) == (0, "", "")
+    status, _, err = run(*over_nodes, "moe.transport=shared_memory", "--ranks-per-node", 2)
+    assert status == 2
+    assert "do not lie on one node of 2 ranks" in err
+
+
 def test_check_for_touches_nothing_and_says_nothing(run: Command, files: Path, tmp_path: Path) -> None:
     run_file = write_run(files, tmp_path)
     before = contents(files, tmp_path)
@@ -254,6 +292,7 @@ def test_run_folder_is_replaced_only_with_overwrite(run: Command, files: Path, t
     assert run(*arguments, "--overwrite")[0] == 0
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoints",
+        "job",
         "metrics.jsonl",
         "profile.npz",
         "run.toml",

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    "errors", "output", "run_folder", "progress", "machine", "checksum",  # foundations
+    "errors", "output", "run_folder", "job", "progress", "machine", "checksum",  # foundations
     "stages", "model_config", "config",
     "debug", "ops", "placement", "ledger", "reference", "message", "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below

@@ -138,3 +138,21 @@ def test_overwrite_lets_a_full_run_folder_pass_and_touches_nothing(files: Path, 
     before = contents(tmp_path / "run")
     resolve_run(files, tmp_path, overwrite=True)
     assert contents(tmp_path / "run") == before
+
+
+def test_a_restarted_run_goes_on_from_its_last_checkpoint_without_being_asked(files: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        last = checkpoint_at(step, files, tmp_path)
+    before = contents(tmp_path / "run")
+    config = load_config(write_run(files, tmp_path))
+    assert resolve(config, 1, restarted=True).resume == last
+    # All steps are done, but not all that follows them.
+    assert resolve(load_config(tmp_path / "run.toml", ["train.steps=4"]), 1, restarted=True).resume == last
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_restarted_run_begins_again_where_there_is_no_checkpoint_yet(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    run = resolve(load_config(write_run(files, tmp_path)), 1, restarted=True)
+    assert (run.checkpoint, run.resume) == (files / "moe", None)
