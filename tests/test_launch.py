@@ -223,9 +223,11 @@ def test_an_interpreter_that_does_not_fit_is_refused(checkout: Path, says: str |
     assert_refused(script(checkout, "quickstart.sh", EP_PYTHON="own"), sentence)
 
 
-@pytest.mark.parametrize("args", [(), ("2",), ("two", "run.toml"), ("0", "run.toml")])
-def test_local_asks_for_a_number_of_ranks_and_a_run(checkout: Path, args: tuple[str, ...]) -> None:
-    assert_refused(script(checkout, "local.sh", *args), "N RUN.toml")
+@pytest.mark.parametrize(
+    "args", ["", "2", "two run.toml", "0 run.toml", "2 --max-restarts 1", "2 --max-restarts x run.toml"]
+)
+def test_local_asks_for_a_number_of_ranks_and_a_run(checkout: Path, args: str) -> None:
+    assert_refused(script(checkout, "local.sh", *args.split()), "N [--max-restarts K] RUN.toml")
 
 
 def test_local_checks_the_run_in_one_process_and_then_starts_the_ranks(checkout: Path) -> None:
@@ -234,8 +236,14 @@ def test_local_checks_the_run_in_one_process_and_then_starts_the_ranks(checkout:
     calls = [line for line in (checkout.parent / "calls").read_text().splitlines() if "ep_engine.cli train" in line]
     assert calls == [
         "-P -m ep_engine.cli train --check-for 2 run.toml train.steps=3",
-        "-P -m torch.distributed.run --standalone --nproc-per-node 2 -m ep_engine.cli train run.toml train.steps=3",
+        f"-P {checkout}/launch/torchrun.py --standalone --nproc-per-node 2 --max-restarts 0 -m ep_engine.cli train "
+        "run.toml train.steps=3",
     ]
+
+
+def test_local_passes_on_how_often_to_start_again(checkout: Path) -> None:
+    assert script(checkout, "local.sh", "2", "--max-restarts", "3", "run.toml").returncode == 0
+    assert " --max-restarts 3 -m ep_engine.cli train run.toml\n" in (checkout.parent / "calls").read_text()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.toml")), ids=lambda path: path.stem)
