@@ -246,6 +246,53 @@ def test_local_passes_on_how_often_to_start_again(checkout: Path) -> None:
     assert " --max-restarts 3 -m ep_engine.cli train run.toml\n" in (checkout.parent / "calls").read_text()
 
 
+@pytest.fixture
+def able(checkout: Path) -> Path:
+    """A checkout beside stand-ins for what makes nodes; `setpriv` notes what would live in the new namespaces."""
+    for name in ("ip", "tc", "unshare", "setpriv"):
+        path = checkout.parent / "bin" / name
+        path.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>"$HOME/calls"\n')
+        path.chmod(0o755)
+    return checkout
+
+
+def test_nodes_says_which_tool_is_missing(able: Path) -> None:
+    (able.parent / "bin" / "tc").unlink()
+    assert_refused(script(able, "nodes.sh", *NODES, "true"), "there is no tc on PATH; install it")
+
+
+def test_nodes_says_that_it_needs_rights(able: Path) -> None:
+    (able.parent / "bin" / "unshare").write_text("#!/usr/bin/env bash\necho denied >&2\nexit 1\n")
+    assert_refused(script(able, "nodes.sh", *NODES, "true"), "run this as root (in a container: with CAP_SYS_ADMIN")
+    assert not (able / ".venv").exists()
+
+
+NODES = ("2", "--bandwidth", "1gbit", "--ranks-per-node", "3", "--max-restarts", "4")
+OF_CHECK = "-P -m ep_engine.cli train --check-for 6 --ranks-per-node 3 run.toml a.b=1"
+
+
+@pytest.mark.parametrize(
+    ("command", "started", "checked"),
+    [
+        ("ep-engine train run.toml a.b=1", "-m ep_engine.cli train run.toml a.b=1", [OF_CHECK]),
+        ("-m ep_engine.cli train run.toml a.b=1", "-m ep_engine.cli train run.toml a.b=1", [OF_CHECK]),
+        ("-m some.module x", "-m some.module x", []),
+        ("some/script.py x", "some/script.py x", []),
+        ("program --flag", "--no-python program --flag", []),
+    ],
+)
+def test_nodes_starts_the_command_in_namespaces_of_its_own(
+    able: Path, command: str, started: str, checked: list[str]
+) -> None:
+    assert script(able, "nodes.sh", *NODES, *command.split()).returncode == 0
+    calls = (able.parent / "calls").read_text().splitlines()
+    assert [line for line in calls if "--check-for" in line] == checked
+    assert calls[-1].startswith(
+        "setpriv --pdeathsig KILL unshare --net --mount --pid --fork --kill-child --mount-proc "
+    )
+    assert calls[-1].endswith(f"{able}/launch/switch.sh 2 1gbit 4 --nproc-per-node 3 {started}")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_example_is_a_run(path: Path) -> None:
     config = load_config(path)
