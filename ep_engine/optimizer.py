@@ -20,10 +20,15 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def make_optimizer(stages: Sequence[Decoder], train: TrainSection) -> torch.optim.AdamW:
     """AdamW, arXiv:1711.05101, with its moments made at once, so that a checkpoint can be loaded into them."""
     parameters = [p for _, p in named_parameters(stages)]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
+    # Groups of one kind: the fused step takes DTensors or plain tensors.
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault((parameter.ndim >= 2, isinstance(parameter, DTensor)), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": of_kind, "weight_decay": train.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), of_kind in groups.items()
+        ],
         lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
         fused=True,

@@ -155,22 +155,33 @@ def _split_ffn(at: str, tokens: Split) -> dict[str, ParallelStyle]:
 
 
 def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) -> None:
+    """FSDP2, but for float32 weights that one rank holds alone: it would keep a copy of them and of their gradients."""
     compute = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # Rows come in the dtype of computation, and their weights are to stay in float32.
     uncast = replace(compute, cast_forward_inputs=False)
     # By itself: cast with the rest of its layer, the router's weights would be rounded.
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
     split = meshes.dense["tp"].size() > 1
+    left: set[nn.Parameter] = set()
+
+    def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool = reshard) -> None:
+        if mesh.size() == 1 and policy.param_dtype == torch.float32:
+            left.update(module.parameters())
+        else:
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left)
+
     for moe in model.moe_layers().values():
-        fully_shard(moe.experts, mesh=meshes.experts["edp"], mp_policy=uncast, reshard_after_forward=reshard)
+        shard(moe.experts, meshes.experts["edp"], uncast)
         if dtype != torch.float32 or split:
-            fully_shard(moe.router, mesh=meshes.stage, mp_policy=exact, reshard_after_forward=reshard)
+            shard(moe.router, meshes.stage, exact)
     if split:
         for alone in (module for module in model.modules() if isinstance(module, (RMSNorm, SharedGate))):
-            fully_shard(alone, mesh=meshes.stage, mp_policy=compute, reshard_after_forward=reshard)
+            shard(alone, meshes.stage, compute)
     for layer in model.decoder_layers().values():
-        fully_shard(layer, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=reshard)
-    fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False)
+        shard(layer, meshes.dense["dp"], compute)
+    if meshes.stage.size() > 1 or dtype != torch.float32:  # else there is nothing that a root would have to look after
+        left = left if meshes.dense["dp"].size() > 1 or dtype != torch.float32 else set(model.parameters())
+        fully_shard(model, mesh=meshes.dense["dp"], mp_policy=compute, reshard_after_forward=False, ignored_params=left)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Plain sums: any other factor needs a reduction that gloo has not.

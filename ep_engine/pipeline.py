@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -125,7 +126,8 @@ class Pipeline:
     def _one_after_the_other(self, parts: Sequence[Batch]) -> Tensor:
         model, losses = self.models[0], []
         for i, batch in enumerate(parts):
-            model.set_requires_gradient_sync(i == len(parts) - 1)  # type: ignore[operator]  # FSDP2's
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(i == len(parts) - 1)
             loss = self.loss(model(batch.inputs_BS, self._documents(batch)), batch.targets_BS)
             loss.backward()
             losses.append(loss.detach())
@@ -137,8 +139,8 @@ class Pipeline:
             if model.config.tie_embeddings and (model.is_first or model.is_last):
                 assert model.embed is not None, "both have it"
                 grad = model.embed.weight.grad
-                assert isinstance(grad, DTensor), "of FSDP"
-                dist.all_reduce(grad.to_local(), group=self.ends)
+                assert grad is not None, "both are after their backward"
+                dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self.ends)
 
     def _make_schedule(self, name: Schedule, part_shape: tuple[int, int], num_parts: int) -> Any:
         stages = [self._stage(number, model, part_shape) for number, model in self.models.items()]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ep_engine.config import RunConfig
@@ -31,22 +32,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def spoil_bias(trainer: Trainer) -> None:
-    weight = trainer.stages[0].decoder_layers()[0].ffn.w_down.bias
-    assert isinstance(weight, DTensor)
-    weight.to_local().add_(1e-6)
+    local(trainer.stages[0].decoder_layers()[0].ffn.w_down.bias).add_(1e-6)
 
 
 def spoil_head(trainer: Trainer) -> None:
-    weight = trainer.stages[0].embed
-    assert weight is not None
-    assert isinstance(weight.weight, DTensor)
-    weight.weight.to_local()[3, 4] += 1e-6
+    embed = trainer.stages[0].embed
+    assert embed is not None
+    local(embed.weight)[3, 4] += 1e-6
 
 
 def spoil_moment(trainer: Trainer) -> None:
     weight = trainer.stages[0].decoder_layers()[1].ffn.w_down.bias
-    trainer.optimizer.state[weight]["exp_avg"].to_local().mul_(1.01)
+    local(trainer.optimizer.state[weight]["exp_avg"]).mul_(1.01)
 
 
 def spoil_rule(trainer: Trainer) -> None:
