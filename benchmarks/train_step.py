@@ -29,7 +29,7 @@ from benchmarks.ranks import summary
 from benchmarks.timing import print_table, write_results
 from ep_engine.config import TrainSection
 from ep_engine.entries import Shard
-from ep_engine.evaluate import entropy_sum
+from ep_engine.entropy import entropy_sum
 from ep_engine.initial import initialise
 from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.optimizer import clip_gradients, make_optimizer, sum_over_ranks

@@ -112,7 +112,7 @@ class TrainSection(_Section):
     micro_batches: int = Field(1, ge=1)
     """parts of a batch that are computed one after the other; the load-balance loss is the mean of theirs"""
     recompute: Literal["none", "selective", "full"] = "none"
-    """computed again for the backward: nothing; attention, and experts' gate and up; every layer as a whole"""
+    """computed again for the backward: nothing; attention, the insides of experts; every layer as a whole"""
     log_every: int = Field(10, ge=1)
     """steps between lines of metrics.jsonl"""
     save_every: int | None = Field(None, ge=1)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from ep_engine.entropy import entropy_sum
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.pipeline import Pipeline
 from ep_engine.tokens import Batch
@@ -58,15 +57,6 @@ def evaluate(
     loss_sum, num_tokens, changed = sums.tolist()
     share = changed / (num_tokens * moe_layers) if moe_layers else None
     return Evaluation(loss_sum / num_tokens, round(num_tokens), share)
-
-
-def entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Sum of the cross entropy over tokens, in float32; logits may be split along the vocabulary.
-
-    It and its backward must be within torch's `loss_parallel` then, which knows no nesting.
-    """
-    loss = F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), reduction="sum")
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss
 
 
 def changed_tokens(router: RouterStatistics) -> Tensor:

@@ -4,23 +4,17 @@ Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabu
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ep_engine.attention import Attention, Rotary, keep_apart
 from ep_engine.feed_forward import FeedForward
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
-
-Recompute = Literal["none", "selective", "full"]
-"""What is computed again for the backward: nothing; attention, and experts' gate and up; every layer as a whole."""
-T = TypeVar("T")
-
+from ep_engine.recompute import Recompute, computed_again
 
 Watch = Callable[[Tensor, dict[int, RouterStatistics]], Tensor]
 """Sees what the routers of a pass did, by layer, and the hidden states, which it returns; it may add a loss to them."""
@@ -80,7 +74,7 @@ class Decoder(nn.Module):
         for layer in self.decoder_layers().values():
             layer.recompute = what
         for moe in self.moe_layers().values():
-            moe.experts.recompute = what == "selective"
+            moe.recompute(what == "selective")
 
     def decoder_layers(self) -> dict[int, "DecoderLayer"]:
         """All layers, by their index in the model."""
@@ -122,14 +116,14 @@ class DecoderLayer(nn.Module):
         """(B, S, D) -> (B, S, D), and what the router did if there is one; `apart` as in attention.py."""
         if self.recompute == "full":
             chosen: list[Tensor] = []  # experts are chosen once, whatever the second pass would round
-            return _computed_again(self._forward, x_BSD, apart, chosen)
+            return computed_again(self._forward, x_BSD, apart, chosen)
         return self._forward(x_BSD, apart)
 
     def _forward(
         self, x_BSD: Tensor, apart: Tensor | None, chosen: list[Tensor] | None = None
     ) -> tuple[Tensor, RouterStatistics | None]:
         attended_BSD = (
-            _computed_again(self._attend, x_BSD, apart) if self.recompute == "selective" else self._attend(x_BSD, apart)
+            computed_again(self._attend, x_BSD, apart) if self.recompute == "selective" else self._attend(x_BSD, apart)
         )
         x_BSD = x_BSD + attended_BSD
         h_BSD = self.ffn_norm(x_BSD)
@@ -141,12 +135,6 @@ class DecoderLayer(nn.Module):
     def _attend(self, x_BSD: Tensor, apart: Tensor | None) -> Tensor:
         y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), apart)
         return y_BSD
-
-
-def _computed_again(function: Callable[..., T], *inputs: Any) -> T:
-    """function(*inputs), of which only the inputs are kept; what its backward needs is computed a second time."""
-    result: T = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return result
 
 
 class RMSNorm(nn.Module):

@@ -14,6 +14,7 @@ from ep_engine.load_balance import RouterStatistics, router_statistics
 from ep_engine.model_config import MoEConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan, record, way_to
+from ep_engine.recompute import computed_again
 from ep_engine.router import Router
 from ep_engine.transport import Alone, Link
 
@@ -31,6 +32,7 @@ class MoELayer(nn.Module):
         self.router = Router(moe, hidden_size, layer)
         self.shared = FeedForward(hidden_size, moe.shared_hidden_size) if moe.shared_hidden_size else None
         self.shared_gate = SharedGate(hidden_size) if moe.shared_gate else None
+        self.keeps_less = False
         self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
 
     def join(self, site: Site, *links: Link, fp8: bool = False, fixed_rows: int | None = None) -> None:
@@ -51,6 +53,10 @@ class MoELayer(nn.Module):
             site.cut.group_sizes_of_slots,
         )
 
+    def recompute(self, keeps_less: bool) -> None:
+        """Whether the insides of the experts, and of the shared one, are computed again for the backward."""
+        self.keeps_less = self.experts.recompute = keeps_less
+
     def forward(self, x_TD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics]:
         """(T, D) -> (T, D) in the same dtype; T may be 0 and may differ between ranks.
 
@@ -68,6 +74,6 @@ class MoELayer(nn.Module):
         z_RD = self.experts(rows_RD, weights_RW, arrival)
         y_TD = combine(z_RD, arrival)
         if self.shared is not None:
-            shared_TD = self.shared(x_TD)
+            shared_TD = computed_again(self.shared, x_TD) if self.keeps_less else self.shared(x_TD)
             y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD) * shared_TD)
         return y_TD, router_statistics(routing)

@@ -30,8 +30,9 @@ from ep_engine import checkpoint, debug, job, run_folder
 from ep_engine.agreement import check_agreement
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
+from ep_engine.entropy import entropy_sum
 from ep_engine.errors import Fault, UserError
-from ep_engine.evaluate import Evaluation, entropy_sum, evaluate
+from ep_engine.evaluate import Evaluation, evaluate
 from ep_engine.initial import initialise
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes, World, process_groups

@@ -16,7 +16,7 @@ ORDER = [
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
-    "feed_forward", "load_balance", "moe_layer", "attention", "model",  # what it is part of
+    "recompute", "feed_forward", "entropy", "load_balance", "moe_layer", "attention", "model",  # what it is part of
     "tokens", "corpus", "entries", "checkpoint", "saver", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "trainer",  # what trains it

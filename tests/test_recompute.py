@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.moe_layer import activation_bytes
-from ep_engine.model import Decoder, Recompute
+from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.recompute import Recompute
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48,

@@ -1,0 +1,49 @@
+"""The loss of next-token prediction, which keeps one tensor of the size of the logits and no more.
+
+Shape letters:  T tokens   V vocabulary
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_ROWS = 512  # tokens at a time, so that what is in between stays in the caches
+
+
+def entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Sum of the cross entropy over tokens, in float32; the logits are used up.
+
+    Logits that are split along the vocabulary, and their backward, must be within torch's `loss_parallel`, which knows
+    no nesting; those are kept.
+    """
+    logits_TV, targets_T = logits_BSV.flatten(0, 1), targets_BS.flatten()
+    if isinstance(logits_TV, DTensor):
+        loss = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss
+    of_all: Tensor = _EntropySum.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
+    return of_all
+
+
+class _EntropySum(torch.autograd.Function):
+    """Forward leaves the gradient, softmax minus one at the target, where the logits were."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+        total = torch.zeros((), device=logits_TV.device)
+        for rows_RV, targets_R in zip(logits_TV.split(_ROWS), targets_T.split(_ROWS), strict=True):
+            log_RV = torch.log_softmax(rows_RV.float(), dim=1)
+            total -= log_RV.gather(1, targets_R.unsqueeze(1)).sum()
+            grad_RV = log_RV.exp_()
+            grad_RV.scatter_add_(1, targets_R.unsqueeze(1), -torch.ones_like(grad_RV[:, :1]))
+            rows_RV.copy_(grad_RV)
+        ctx.grad_TV = logits_TV
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        assert ctx.grad_TV is not None, "its gradient can be taken once"
+        grad_TV, ctx.grad_TV = ctx.grad_TV, None
+        return grad_TV.mul_(grads[0]), None
