@@ -124,8 +124,7 @@ def process_groups(
     else:
         dist.init_process_group(backend, timeout=timeout)
     try:
-        ranks = torch.arange(world.size).view(pp_size, -1)
-        dense, experts = ranks.view(pp_size, -1, tp_size), ranks.view(pp_size, -1, ep_size, etp_size)
+        dense, experts = grids(world.size, ep_size, tp_size=tp_size, etp_size=etp_size, pp_size=pp_size)
         nodes = _meet(world, settings or {})
         yield _make_meshes(world, device, dense, experts, nodes, timeout_s)
     finally:
@@ -149,6 +148,31 @@ def _meet(world: World, settings: Mapping[str, Any]) -> list[int]:
     return [node for node, _ in ranks]
 
 
+def grids(
+    world_size: int, ep_size: int, *, tp_size: int = 1, etp_size: int = 1, pp_size: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ranks in the two grids: (pp, dp, tp), and (pp, edp, ep, etp)."""
+    ranks = torch.arange(world_size).view(pp_size, -1)
+    return ranks.view(pp_size, -1, tp_size), ranks.view(pp_size, -1, ep_size, etp_size)
+
+
+def rank_groups(dense: torch.Tensor, experts: torch.Tensor, node_of_rank: list[int]) -> dict[str, list[list[int]]]:
+    """The ranks of every group, by axis, of the two grids: all that a job makes, or would make."""
+    dispatch = experts.flatten(2).flatten(0, 1).tolist()
+    return {
+        "pp": _lines(dense, 0),
+        "ends": [[line[0], line[-1]] for line in _lines(dense, 0) if len(line) > 1],
+        "dp": _lines(dense, 1),
+        "tp": _lines(dense, 2),
+        "edp": _lines(experts, 1),
+        "ep": _lines(experts, 2),
+        "etp": _lines(experts, 3),
+        "dispatch": dispatch,
+        "stage": dense.flatten(1).tolist(),
+        **_split_by_node(dispatch, node_of_rank),
+    }
+
+
 def _make_meshes(
     world: World,
     device: torch.device,
@@ -159,21 +183,8 @@ def _make_meshes(
 ) -> Meshes:
     assert dist.group.WORLD is not None, "the process group was just made"
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
-    dispatch = experts.flatten(2).flatten(0, 1).tolist()
-    axes = {
-        "pp": _lines(dense, 0),
-        "ends": [[line[0], line[-1]] for line in _lines(dense, 0) if len(line) > 1],
-        "dp": _lines(dense, 1),
-        "tp": _lines(dense, 2),
-        "edp": _lines(experts, 1),
-        "ep": _lines(experts, 2),
-        "etp": _lines(experts, 3),
-        "dispatch": dispatch,
-        "stage": dense.flatten(1).tolist(),
-        **_split_by_node(dispatch, nodes),
-    }
     own: dict[str, dist.ProcessGroup] = {}
-    for axis, groups in axes.items():
+    for axis, groups in rank_groups(dense, experts, nodes).items():
         for ranks in groups:  # every rank takes part in making every group
             group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc=axis)
             if world.rank in ranks:

@@ -66,6 +66,15 @@ class Run:
         }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A model, and how ranks share it."""
+
+    model: ModelConfig
+    stages: Stages
+    placement: Placement | None
+
+
 def resolve(
     config: RunConfig,
     world_size: int,
@@ -86,7 +95,6 @@ def resolve(
     Raises:
         UserError: the ranks, the experts, the placement, the lists, the data or the run folder do not fit.
     """
-    check_ranks(config, world_size)
     check_unused(config.output.folder)
     resume = _last_checkpoint(config) if config.output.resume and not restarted else None
     if restarted:  # even if all steps are done: what comes after them may not be
@@ -95,6 +103,23 @@ def resolve(
         check_output_folder(config.output.folder, overwrite=overwrite or restarted)
         _check_apart(config)
     checkpoint = resume or config.model.checkpoint
+    layout = resolve_layout(config, world_size, checkpoint, ranks_per_node=ranks_per_node)
+    model = layout.model
+    train = TokenFile(config.data.train, vocab_size=model.vocab_size)
+    heldout = TokenFile(config.data.heldout, vocab_size=model.vocab_size) if config.data.heldout else None
+    _check_data(config, train, heldout)
+    return Run(config, model, layout.stages, layout.placement, checkpoint, resume, train, heldout)
+
+
+def resolve_layout(
+    config: RunConfig, world_size: int, checkpoint: Path | None, *, ranks_per_node: int | None = None
+) -> Layout:
+    """Read and check what says where everything of a run lies; of the checkpoint only model.json is read.
+
+    Raises:
+        UserError: as `resolve`, but for the data and the run folder.
+    """
+    check_ranks(config, world_size)
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
     check_split(config, model)
     stages = make_stages(config, model)
@@ -106,10 +131,7 @@ def resolve(
             f"data.sequence_length ({config.data.sequence_length}) is longer than the model's positions "
             f"({model.max_position_embeddings}); choose a shorter one"
         )
-    train = TokenFile(config.data.train, vocab_size=model.vocab_size)
-    heldout = TokenFile(config.data.heldout, vocab_size=model.vocab_size) if config.data.heldout else None
-    _check_data(config, train, heldout)
-    return Run(config, _routed(config, model, placement), stages, placement, checkpoint, resume, train, heldout)
+    return Layout(_routed(config, model, placement), stages, placement)
 
 
 def _check_apart(config: RunConfig) -> None:
