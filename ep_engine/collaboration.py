@@ -17,7 +17,7 @@ from ep_engine.output import whole_file
 from ep_engine.placement import Placement
 
 # What numpy and zipfile raise on a file that is cut short or damaged.
-_UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_profile(path: Path) -> Profile:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"profile {path} cannot be read ({error}); make one with `ep-engine profile`") from None
     missing = [name for name in ("counts", "load", "top_k") if name not in arrays]
     if missing:

@@ -145,7 +145,7 @@ def sum_at_home(rows_SD: Tensor, plan: Plan) -> Tensor:
 
 def _quantised(x_TD: Tensor) -> Tensor:
     """Rows of x as e4m3 with their scales behind, as float32 words that are moved and not looked into."""
-    message = _quantised_row(x_TD)
+    message = quantised_row(x_TD.shape[1])
     out = torch.empty(len(x_TD), message.num_bytes, dtype=torch.uint8, device=x_TD.device)
     everything = torch.arange(len(x_TD), dtype=torch.int32, device=x_TD.device)
     scales = message.words(out, torch.float32, 0, message.num_words)
@@ -154,11 +154,12 @@ def _quantised(x_TD: Tensor) -> Tensor:
 
 
 def _dequantised(rows: Tensor, like: Tensor) -> Tensor:
-    message = _quantised_row(like)
+    message = quantised_row(like.shape[1])
     rows_RB = rows.contiguous().view(torch.uint8)
     scales = message.words(rows_RB, torch.float32, 0, message.num_words)
     return ops.dequantise_rows(message.rows(rows_RB), scales, like.dtype)
 
 
-def _quantised_row(x_TD: Tensor) -> Message:
-    return Message(x_TD.shape[1], torch.uint8, num_words=-(-x_TD.shape[1] // ops.FP8_BLOCK))
+def quantised_row(dim: int) -> Message:
+    """A row of `dim` elements in 8 bits, with its scales."""
+    return Message(dim, torch.uint8, num_words=-(-dim // ops.FP8_BLOCK))

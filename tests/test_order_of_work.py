@@ -9,7 +9,9 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, Sche
 
 from ep_engine.stages import Action, Schedule, Stages, order_of_work
 
-KINDS = {"FORWARD": "forward", "FULL_BACKWARD": "backward"} | {k.upper(): k for k in ("backward_input", "backward_weight")}
+KINDS = {"FORWARD": "forward", "FULL_BACKWARD": "backward"} | {
+    k.upper(): k for k in ("backward_input", "backward_weight")
+}
 
 
 def of_torch(schedule: Any, stages: Stages, size: int, rank: int, parts: int) -> Iterator[Action]:

@@ -1,0 +1,98 @@
+"""Routing traces: which experts the tokens of a step went to, read from a file or drawn.
+
+A trace is an .npz with one array, `ids` (L, T, K) integers: the experts of every token in every MoE layer. Tokens stand in
+the order of the batch: part by part, row by row, position by position. T is that of one step at least; what goes beyond is
+not read.
+
+Shape letters:  L MoE layers   T tokens of a step, on all ranks   K top_k   E experts
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ep_engine.collaboration import UNREADABLE, read_profile
+from ep_engine.errors import UserError
+from ep_engine.model_config import ModelConfig
+from ep_engine.output import whole_file
+from ep_engine.selection import make_rule
+
+_TOKENS_AT_ONCE = 1 << 16
+
+
+def save_trace(path: Path, ids_LTK: Tensor) -> None:
+    """Write a trace."""
+    with whole_file(path) as beside, beside.open("wb") as file:
+        np.savez_compressed(file, ids=ids_LTK.numpy())
+
+
+def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tuple[Tensor, str]:
+    """The experts of one step, (L, T, K) int64, from a trace, or drawn with the loads of a profile; and what they are.
+
+    Raises:
+        UserError: the file is neither, or not of this model, or has fewer tokens than a step.
+    """
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            ids = file["ids"] if "ids" in file else None
+    except UNREADABLE as error:
+        raise UserError(f"trace {path} cannot be read ({error}); give an .npz with `ids` (L, T, K)") from None
+    if ids is not None:
+        return _checked(torch.from_numpy(np.ascontiguousarray(ids)), path, model, num_tokens), f"trace {path}"
+    profile = read_profile(path)
+    moe = model.moe
+    assert moe is not None, "the caller has asked"
+    if (profile.num_layers, profile.num_experts) != (model.num_layers, moe.num_experts):
+        raise UserError(
+            f"profile {path} has {profile.num_layers} layers of {profile.num_experts} experts, the model "
+            f"{model.num_layers} of {moe.num_experts}; profile this model"
+        )
+    what = f"drawn with the loads of profile {path}, seed {seed}"
+    return draw_routing(model, num_tokens, seed, torch.from_numpy(profile.load)), what
+
+
+def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor | None = None) -> Tensor:
+    """Random experts under the model's rule, (L, T, K) int64.
+
+    Scores are those of a draw without replacement in proportion to the loads (arXiv:1903.06059), which the rule then
+    chooses from; without loads all experts are alike.
+    """
+    moe = model.moe
+    assert moe is not None, "the caller has asked"
+    generator = torch.Generator().manual_seed(seed)
+    ids_LTK = torch.empty(model.num_layers, num_tokens, moe.top_k, dtype=torch.int64)
+    for layer in range(model.num_layers):
+        rule = make_rule(moe, layer)
+        bias_E = torch.zeros(moe.num_experts) if load_LE is None else load_LE[layer].clamp(min=0.5).log().float()
+        for start in range(0, num_tokens, _TOKENS_AT_ONCE):
+            count = min(_TOKENS_AT_ONCE, num_tokens - start)
+            gumbel_TE = -torch.empty(count, moe.num_experts).exponential_(generator=generator).log()
+            ids_LTK[layer, start : start + count] = rule.select(bias_E + gumbel_TE)
+    return ids_LTK
+
+
+def _checked(ids_LTK: Tensor, path: Path, model: ModelConfig, num_tokens: int) -> Tensor:
+    moe = model.moe
+    assert moe is not None, "the caller has asked"
+    whole = not (ids_LTK.is_floating_point() or ids_LTK.is_complex() or ids_LTK.dtype == torch.bool)
+    if not whole or ids_LTK.ndim != 3 or (len(ids_LTK), ids_LTK.shape[2]) != (model.num_layers, moe.top_k):
+        raise UserError(
+            f"trace {path} must have integers `ids` of ({model.num_layers} layers, tokens, {moe.top_k} experts), got "
+            f"{tuple(ids_LTK.shape)} of {ids_LTK.dtype}; trace this model"
+        )
+    if ids_LTK.shape[1] < num_tokens:
+        raise UserError(
+            f"trace {path} has {ids_LTK.shape[1]} tokens, a step of the run has {num_tokens} (data.batch_size times "
+            "data.sequence_length); trace more, or plan a smaller batch"
+        )
+    ids_LTK = ids_LTK[:, :num_tokens].long()
+    outside = (ids_LTK < 0) | (ids_LTK >= moe.num_experts)
+    if outside.any():
+        raise UserError(
+            f"trace {path} names expert {int(ids_LTK[outside][0])}, the model has {moe.num_experts}; trace this model"
+        )
+    if (ids_LTK.sort(dim=2).values.diff(dim=2) == 0).any():
+        raise UserError(f"trace {path} names an expert twice for one token; write its experts once each")
+    return ids_LTK
