@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from ep_engine.config import RunConfig
-from ep_engine.dispatch import quantised_row
 from ep_engine.expert_traffic import Passed
 from ep_engine.message import Message
 from ep_engine.model_config import ModelConfig, MoEConfig
@@ -141,7 +140,7 @@ class Part:
             ffn=self.norm() + wide + tokens * (scores + plan) + passed.rows * passed.width * 2 * (_FLOAT + _INT),
             rows=rows,
             gate_up=copies * 2 * width * c,
-            working=(copies + 2 * passed.rows) * d * c,
+            working=(copies + 2 * passed.rows + passed.sent) * d * c,
             for_weights=self._linear_grads() + copies * 3 * width * c + passed.rows * d * c,
         )
 
@@ -150,13 +149,3 @@ class Part:
         model = self.model
         width = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // self.tp + model.hidden_size
         return self.tokens * width * self.itemsize
-
-    def exchange(self, passed: Passed) -> int:
-        """The most that is on its way in a pass, beside the rows that stay: what is sent, and what comes."""
-        dtype = getattr(torch, self.config.train.dtype)
-        message = Message(self.model.hidden_size, dtype, 2 * passed.width).num_bytes
-        if self.config.moe.fp8_dispatch:
-            message = Message(
-                quantised_row(self.model.hidden_size).num_bytes // 4, torch.float32, 2 * passed.width
-            ).num_bytes
-        return passed.sent * message

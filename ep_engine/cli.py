@@ -1,4 +1,4 @@
-"""The command line: `ep-engine quickstart | train | profile | place`."""
+"""The command line: `ep-engine quickstart | train | plan | profile | place`."""
 
 import os
 import sys
@@ -72,6 +72,30 @@ def train_command(
     summary = train(run, world, report=_print_line)
     if as_json and world.rank == 0:
         print_json(summary)
+
+
+@app.command("plan")
+def plan_command(
+    run_file: Annotated[Path, typer.Argument(help="TOML file of the run")],
+    ranks: Annotated[int, typer.Option(min=1, help="of the job")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="of the job [all]")] = None,
+    trace: Annotated[Path | None, typer.Option(help=".npz with `ids` (L, T, K), or a profile [uniform]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the routing, where it is drawn")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will need and send on every rank, without starting it; no data, weights or devices are needed."""
+    from rich.console import Console
+
+    from ep_engine.config import load_config
+    from ep_engine.plan_run import plan_run, print_plan
+
+    config = load_config(run_file, overrides or [])
+    plan = plan_run(config, ranks, ranks_per_node=ranks_per_node, trace=trace, seed=seed)
+    if as_json:
+        print_json(plan)
+    else:
+        print_plan(plan, Console())
 
 
 @app.command("profile")

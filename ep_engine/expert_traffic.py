@@ -1,7 +1,7 @@
 """Expert traffic: what the ledgers of all ranks will say about a step, from the experts of its tokens.
 
-A rank's rows are planned by the op that plans them in a run; who sends how many to whom is then arithmetic, and no message
-moves.
+A rank's rows are planned by the op that plans them in a run; who sends how many to whom is then arithmetic, and no
+message moves.
 
 Shape letters as in ops.py; L MoE layers, N tokens of a step on all ranks.
 """
@@ -220,8 +220,8 @@ def _rows(ids_TK: Tensor, hop: Hop) -> _Rows:
     most = max(n for p, n in enumerate(counts) if p != own)
     if most > hop.fixed_rows:
         raise UserError(
-            f"moe.fixed_rows ({hop.fixed_rows}) is less than the {most} rows that layer {hop.link.layer} has for a rank "
-            "with this routing; raise it, or leave it out"
+            f"moe.fixed_rows ({hop.fixed_rows}) is less than the {most} rows that layer {hop.link.layer} has for a "
+            "rank with this routing; raise it, or leave it out"
         )
     own_rows = len(ids_TK) * (ids_TK.shape[1] if hop.one_row_per_copy else 1)
     return _Rows([own_rows if p == own else hop.fixed_rows for p in range(size)], slots)

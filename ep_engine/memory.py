@@ -1,8 +1,8 @@
 """Memory: bytes of every kind on a rank, followed through one step of the optimiser.
 
-A step is walked as it runs (forwards and backwards of parts and stages, layer by layer), what is gathered, kept and freed
-on the way is added up, and the moment with the most is what is told. What torch and its libraries hold beside tensors
-(code, caches of oneDNN, buffers of gloo) is not in it.
+A step is walked as it runs (forwards and backwards of parts and stages, layer by layer), what is gathered, kept and
+freed on the way is added up, and the moment with the most is what is told. What torch and its libraries hold beside
+tensors (code, caches of oneDNN, buffers of gloo) is not in it.
 """
 
 from collections import Counter
@@ -37,7 +37,8 @@ class Weights:
     """Weights that FSDP gathers and whose gradients it sums together."""
 
     shapes: tuple[tuple[int, ...], ...]  # as they are gathered
-    ranks: int  # that share them, along the first dim
+    axis: str  # of the ranks that share them, along the first dim
+    ranks: int  # their number
     position: int  # of this rank among them
     itemsize: int  # of computation
     reshard: bool  # after a forward
@@ -96,7 +97,7 @@ def stage_weights(
         ranks = groups.around(rank, axis)
         given = tuple(shapes[name] for name in names)
         keep = parallel.reshard_after_forward if reshard is None else reshard
-        return Weights(given, len(ranks), ranks.index(rank), size, keep)
+        return Weights(given, axis, len(ranks), ranks.index(rank), size, keep)
 
     apart = tp > 1 or itemsize < _FLOAT
     of_layer: dict[int, list[Weights]] = {}
@@ -113,8 +114,8 @@ def stage_weights(
             width, d = model.moe.expert_hidden_size // parallel.expert_tensor_parallel_size, model.hidden_size
             edp = groups.around(rank, "edp")
             experts = ((slots, 2 * width, d), (slots, d, width))
-            position = edp.index(rank)
-            of_layer[i].append(Weights(experts, len(edp), position, itemsize, parallel.reshard_after_forward))
+            keep = parallel.reshard_after_forward
+            of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep))
     first, last = layers.start == 0, layers.stop == model.num_layers
     root = ["embed.weight"] if first or (last and model.tie_embeddings) else []
     root += ["head.weight"] if last and not model.tie_embeddings else []
@@ -153,7 +154,13 @@ class Tape:
 
 
 class Step:
-    """One step of the optimiser on one rank."""
+    """One step of the optimiser on one rank.
+
+    Attributes:
+        tape: what is there.
+        gathers: bytes of weights that go to each other rank of an axis.
+        reductions: of gradients, as well.
+    """
 
     def __init__(
         self,
@@ -164,6 +171,8 @@ class Step:
         groups: Groups,
         rank: int,
         passed: Mapping[tuple[int, int, int], Passed],
+        *,
+        transport: str = "none",
     ) -> None:
         self.config, self.model, self.stages, self.rank, self.passed = config, model, stages, rank, passed
         self.dp = len(groups.around(rank, "dp"))
@@ -176,8 +185,12 @@ class Step:
             for stage in stages.on(self.position)
         }
         self.tape = Tape()
+        self.gathers: Counter[str] = Counter()
+        self.reductions: Counter[str] = Counter()
         self._gathered: set[int] = set()  # which groups, by identity: equal ones are different weights
         self._summed: set[int] = set()  # which have gradients that wait for those of other parts
+        self._shared = transport == "shared_memory"
+        self._rows, self._arena = 0, 0  # rows that live, and pages of the arena, which stay once they are written
         self._buffer = 0  # of the last gather or reduction, which FSDP keeps until the next
 
     def walk(self) -> Tape:
@@ -240,7 +253,7 @@ class Step:
                 self._gather(group, moment)
             kept = self._kept(layer, part)
             remaining = self._remaining(kept)
-            self.tape.hold(moment, **remaining)
+            self._hold(moment, remaining)
             self.tape.touch(moment, working=kept.total - remaining.total() + kept.working)
             for group in of_layer:
                 if group.reshard:
@@ -307,11 +320,19 @@ class Step:
         for group in of_layer[: len(of_layer) - len(of_experts)]:
             self._reduce_now(moment, group, last=last)
 
+    def _hold(self, moment: str, kinds: Counter[str]) -> None:
+        rows = kinds["rows"]
+        self._rows += rows
+        if self._shared:
+            rows = max(0, self._rows - self._arena)
+            self._arena += rows
+        self.tape.hold(moment, **(kinds | Counter(rows=rows)) if rows >= 0 else kinds)
+
     def _drop(self, moment: str, kinds: Counter[str]) -> None:
-        self.tape.hold(moment, **{kind: -size for kind, size in kinds.items()})
+        self._hold(moment, Counter({kind: -size for kind, size in kinds.items()}))
 
     def _gather(self, group: Weights, moment: str) -> None:
-        """Bring a group's weights together, in the dtype of computation, through a buffer if there are several ranks."""
+        """Bring a group's weights together in the dtype of computation, through a buffer if there are several ranks."""
         if id(group) in self._gathered:
             return
         size = group.gathered * group.itemsize
@@ -319,6 +340,7 @@ class Step:
             self.tape.touch(moment, reduction=size)
             self._set_buffer(moment, size)
         self.tape.hold(moment, gathered=size)
+        self.gathers[group.axis] += group.share * group.itemsize
         self._gathered.add(id(group))
 
     def _release(self, group: Weights) -> None:
@@ -351,6 +373,7 @@ class Step:
 
     def _reduce(self, moment: str, group: Weights) -> None:
         self._release(group)
+        self.reductions[group.axis] += group.share * _FLOAT
         summed = id(group) in self._summed
         self._summed.discard(id(group))
         self._set_buffer(moment, 0)

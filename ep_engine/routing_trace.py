@@ -1,8 +1,8 @@
 """Routing traces: which experts the tokens of a step went to, read from a file or drawn.
 
-A trace is an .npz with one array, `ids` (L, T, K) integers: the experts of every token in every MoE layer. Tokens stand in
-the order of the batch: part by part, row by row, position by position. T is that of one step at least; what goes beyond is
-not read.
+A trace is an .npz with one array, `ids` (L, T, K) integers: the experts of every token in every MoE layer. Tokens stand
+in the order of the batch: part by part, row by row, position by position. T is that of one step at least; what goes
+beyond is not read.
 
 Shape letters:  L MoE layers   T tokens of a step, on all ranks   K top_k   E experts
 """
@@ -36,7 +36,7 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
     """
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            ids = file["ids"] if "ids" in file else None
+            ids = file.get("ids")
     except UNREADABLE as error:
         raise UserError(f"trace {path} cannot be read ({error}); give an .npz with `ids` (L, T, K)") from None
     if ids is not None:

@@ -20,7 +20,7 @@ ORDER = [
     "tokens", "corpus", "entries", "checkpoint", "saver", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "trainer",  # what trains it
-    "routing_trace", "expert_traffic", "dense_traffic", "activations", "memory", "plan_run",  # what says it beforehand
+    "routing_trace", "expert_traffic", "activations", "memory", "dense_traffic", "plan_run",  # what says it beforehand
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
 ]  # fmt: skip
 
