@@ -1,11 +1,11 @@
-"""Activations: bytes of what a layer keeps for its backward on one rank, and of what it needs on the way, by formulas.
+"""Activations: bytes of what a layer keeps for its backward on a rank, and of what it needs on the way, by formulas.
 
-They follow what autograd saves of model.py, attention.py, router.py and experts.py, tensor by tensor; benchmarks/memory.py
-measures how near they are.
+They follow what autograd saves of model.py, attention.py, router.py and experts.py, tensor by tensor;
+benchmarks/memory.py measures how near they are.
 
-Shape letters as in ops.py; B rows of a part on this rank, S positions, V vocabulary, H heads, G key/value heads, d dim of
-a head, F hidden dim. What is split along the sequence counts T = B * S / tp tokens, what is split along heads, hidden
-width or vocabulary B * S.
+Shape letters as in ops.py; B rows of a part on this rank, S positions, V vocabulary, H heads, G key/value heads, d dim
+of a head, F hidden dim. What is split along the sequence counts T = B * S / tp tokens, what is split along heads,
+hidden width or vocabulary B * S.
 """
 
 from dataclasses import dataclass, replace

@@ -323,10 +323,10 @@ class Step:
     def _hold(self, moment: str, kinds: Counter[str]) -> None:
         rows = kinds["rows"]
         self._rows += rows
-        if self._shared:
+        if self._shared:  # what is freed can be written again, but is not given back
             rows = max(0, self._rows - self._arena)
             self._arena += rows
-        self.tape.hold(moment, **(kinds | Counter(rows=rows)) if rows >= 0 else kinds)
+        self.tape.hold(moment, **{**kinds, "rows": rows})
 
     def _drop(self, moment: str, kinds: Counter[str]) -> None:
         self._hold(moment, Counter({kind: -size for kind, size in kinds.items()}))
