@@ -125,12 +125,10 @@ class LiveBytes(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it is made of comes by itself
         result = func(*args, **(kwargs or {}))
-        known = len(self._storages)
-        for leaf in tree_leaves((args, kwargs, result)):
-            self._see(leaf)
+        found = [self._see(leaf) for leaf in tree_leaves((args, kwargs, result))]
         # Adding up takes longer than a small operator: not where nothing can have become more. FSDP2 makes room before
         # it copies.
-        if len(self._storages) > known or "copy" in str(func):
+        if any(found) or "copy" in str(func):
             self.peak = max(self.peak, self.now())
         return result
 
@@ -156,14 +154,18 @@ class LiveBytes(TorchDispatchMode):
     def _is_shared(self, storage: torch.UntypedStorage) -> bool:
         return any(first <= storage.data_ptr() < end for first, end, _ in self._shared)
 
-    def _see(self, leaf: Any) -> None:
+    def _see(self, leaf: Any) -> bool:
+        """Whether it is a tensor whose storage was not known."""
         local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
         local = local.elem if isinstance(local, AsyncCollectiveTensor) else local
         if not isinstance(local, torch.Tensor) or local.device.type != "cpu":
-            return
+            return False
         storage = local.untyped_storage()
-        if not self._is_shared(storage):
-            self._storages[storage._cdata] = weakref.ref(storage)
+        known = self._storages.get(storage._cdata)
+        if self._is_shared(storage) or (known is not None and known() is storage):
+            return False
+        self._storages[storage._cdata] = weakref.ref(storage)
+        return True
 
 
 def _shared_arenas() -> list[tuple[int, int, int]]:

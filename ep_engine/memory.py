@@ -6,16 +6,17 @@ tensors (code, caches of oneDNN, buffers of gloo) is not in it.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ep_engine.activations import Kept, Part
 from ep_engine.config import RunConfig
-from ep_engine.entries import expected_entries
 from ep_engine.expert_traffic import Groups, Passed
 from ep_engine.model_config import ModelConfig
+from ep_engine.parallelize import largest_exchange
 from ep_engine.placement import Placement
 from ep_engine.stages import Stages, order_of_work
+from ep_engine.weight_groups import StageWeights, Weights, stage_weights
 
 KINDS = (
     "parameters",
@@ -26,111 +27,11 @@ KINDS = (
     "activations",
     "logits",
     "rows",
+    "transport",
     "pipeline",
     "working",
 )
 _FLOAT, _LONG = 4, 8
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights that FSDP gathers and whose gradients it sums together."""
-
-    shapes: tuple[tuple[int, ...], ...]  # as they are gathered
-    axis: str  # of the ranks that share them, along the first dim
-    ranks: int  # their number
-    position: int  # of this rank among them
-    itemsize: int  # of computation
-    reshard: bool  # after a forward
-
-    @property
-    def gathered(self) -> int:
-        """Elements, with those that make the parts of all ranks alike."""
-        return sum(-(-shape[0] // self.ranks) * self.ranks * _rest(shape) for shape in self.shapes)
-
-    @property
-    def share(self) -> int:
-        """Elements of a rank's part."""
-        return self.gathered // self.ranks
-
-    @property
-    def own(self) -> int:
-        """Elements of this rank's part that are weights."""
-        parts = ((-(-shape[0] // self.ranks), shape) for shape in self.shapes)
-        return sum(max(0, min(part, shape[0] - self.position * part)) * _rest(shape) for part, shape in parts)
-
-    @property
-    def largest(self) -> int:
-        """Elements of the largest weight."""
-        return max((shape[0] * _rest(shape) for shape in self.shapes), default=0)
-
-
-def _rest(shape: tuple[int, ...]) -> int:
-    size = 1
-    for dim in shape[1:]:
-        size *= dim
-    return size
-
-
-@dataclass(frozen=True)
-class StageWeights:
-    """The weights of a stage: of every layer in the order in which they are gathered, experts last, and the rest."""
-
-    layers: dict[int, list[Weights]]
-    root: Weights
-    head: int  # elements of the head, whose gradient is there first
-
-    def all(self) -> list[Weights]:
-        """All of them, in the order of a forward."""
-        return [self.root, *(weights for of_layer in self.layers.values() for weights in of_layer)]
-
-
-def stage_weights(
-    config: RunConfig, model: ModelConfig, placement: Placement | None, groups: Groups, rank: int, layers: range
-) -> StageWeights:
-    """How `parallelize.py` groups the weights of a stage on a rank."""
-    parallel = config.parallel
-    tp, itemsize = parallel.tensor_parallel_size, 4 if config.train.dtype == "float32" else 2
-    shapes = {name: _cut(name, shape, tp) for name, shape in expected_entries(model).items() if ".experts." not in name}
-
-    def group(names: Sequence[str], axis: str, size: int = itemsize, *, reshard: bool | None = None) -> Weights:
-        ranks = groups.around(rank, axis)
-        given = tuple(shapes[name] for name in names)
-        keep = parallel.reshard_after_forward if reshard is None else reshard
-        return Weights(given, axis, len(ranks), ranks.index(rank), size, keep)
-
-    apart = tp > 1 or itemsize < _FLOAT
-    of_layer: dict[int, list[Weights]] = {}
-    for i in layers:
-        names = [name for name in shapes if name.startswith(f"layers.{i}.")]
-        routers = [name for name in names if ".router." in name and apart]
-        norms = [name for name in names if name.endswith("norm.weight") and tp > 1]
-        of_layer[i] = [group([name for name in names if name not in routers + norms], "dp")]
-        of_layer[i] += [group([name], "stage") for name in norms]
-        if routers:
-            of_layer[i].append(group(routers, "stage", _FLOAT))
-        if model.moe is not None and placement is not None:
-            slots = placement.cut(parallel.expert_parallel_size).slots_per_rank
-            width, d = model.moe.expert_hidden_size // parallel.expert_tensor_parallel_size, model.hidden_size
-            edp = groups.around(rank, "edp")
-            experts = ((slots, 2 * width, d), (slots, d, width))
-            keep = parallel.reshard_after_forward
-            of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep))
-    first, last = layers.start == 0, layers.stop == model.num_layers
-    root = ["embed.weight"] if first or (last and model.tie_embeddings) else []
-    root += ["head.weight"] if last and not model.tie_embeddings else []
-    root += ["norm.weight"] if last and tp == 1 else []
-    head = model.vocab_size * model.hidden_size // tp if last else 0
-    return StageWeights(of_layer, group(root, "dp", reshard=False), head)
-
-
-def _cut(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """What tensor parallelism leaves of a weight."""
-    if "norm" in name or ".router." in name or (".w_o.bias" in name or ".w_down.bias" in name):
-        return shape
-    if name.endswith((".w_o.weight", ".w_down.weight")):
-        return shape[0], shape[1] // tp
-    return shape[0] // tp, *shape[1:]
 
 
 @dataclass
@@ -189,7 +90,7 @@ class Step:
         self.reductions: Counter[str] = Counter()
         self._gathered: set[int] = set()  # which groups, by identity: equal ones are different weights
         self._summed: set[int] = set()  # which have gradients that wait for those of other parts
-        self._shared = transport == "shared_memory"
+        self._transport = transport
         self._rows, self._arena = 0, 0  # rows that live, and pages of the arena, which stay once they are written
         self._buffer = 0  # of the last gather or reduction, which FSDP keeps until the next
 
@@ -203,6 +104,12 @@ class Step:
                 moments=2 * _FLOAT * sum(group.own for group in weights.all()),
                 pipeline=ends * self.parts * self.part.hidden,  # room for what comes, of every part
             )
+        if self._transport == "cuda_ipc":  # an arena for the worst case, twice, as connect.py makes it
+            parallel, tokens = self.config.parallel, self.part.tokens // self.part.tp
+            etp = parallel.expert_tensor_parallel_size
+            ranks = parallel.expert_parallel_size * etp
+            arena = 2 * largest_exchange(self.model, self.config.moe, tokens, ranks, etp)
+            self.tape.hold("before the step", transport=arena)
         order = order_of_work(self.stages, self.size, self.position, self.config.parallel.pipeline_schedule, self.parts)
         left = Counter(stage for _, stage, _ in order)
         for kind, stage, part in order:
@@ -323,7 +230,7 @@ class Step:
     def _hold(self, moment: str, kinds: Counter[str]) -> None:
         rows = kinds["rows"]
         self._rows += rows
-        if self._shared:  # what is freed can be written again, but is not given back
+        if self._transport == "shared_memory":  # what is freed can be written again, but is not given back
             rows = max(0, self._rows - self._arena)
             self._arena += rows
         self.tape.hold(moment, **{**kinds, "rows": rows})

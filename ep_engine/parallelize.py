@@ -84,7 +84,7 @@ def build(
             device,
             cut.in_parts(etp),
             one_hop=travel.fixed_rows is not None,
-            largest_exchange=_largest_exchange(config, travel, tokens, meshes.dispatch.size(), etp),
+            largest_exchange=largest_exchange(config, travel, tokens, meshes.dispatch.size(), etp),
         )
     layout = stages or Stages.of(config.num_layers, 1, "1f1b")
     models = []
@@ -116,7 +116,7 @@ def _join_ranks(
         moe.join(site, *connection.links(ledger, i), fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
 
 
-def _largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, num_ranks: int, parts: int) -> int:
+def largest_exchange(config: ModelConfig, travel: MoESection, tokens: int, num_ranks: int, parts: int) -> int:
     """Bytes that a rank is sent if all tokens of its group come to it."""
     assert config.moe is not None, "the caller has asked"
     rows_of_token = config.moe.top_k if travel.combine == "per_expert" else 1

@@ -20,7 +20,8 @@ ORDER = [
     "tokens", "corpus", "entries", "checkpoint", "saver", "initial", "collaboration",  # what it reads and writes
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "trainer",  # what trains it
-    "routing_trace", "expert_traffic", "activations", "memory", "dense_traffic", "plan_run",  # what says it beforehand
+    "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
+    "plan_run",
     "profile", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
 ]  # fmt: skip
 
