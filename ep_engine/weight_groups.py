@@ -78,6 +78,8 @@ def stage_weights(
         names = [name for name in shapes if name.startswith(f"layers.{i}.")]
         routers = [name for name in names if ".router." in name and apart]
         norms = [name for name in names if name.endswith("norm.weight") and tp > 1]
+        if tp > 1 and i == model.num_layers - 1:
+            norms.append("norm.weight")  # by itself as they are, and as small
         of_layer[i] = [group([name for name in names if name not in routers + norms], "dp")]
         of_layer[i] += [group([name], "stage") for name in norms]
         if routers:
