@@ -106,17 +106,25 @@ def profile_command(
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens to run")] = 100_000,
     sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a window")] = 128,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="also write the experts of every token, for `plan`")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Count on text which experts serve tokens together."""
+    from torch import Tensor
+
     from ep_engine.model_config import read_model_config
     from ep_engine.output import check_output_file
     from ep_engine.profile import profile
     from ep_engine.progress import bar
+    from ep_engine.routing_trace import save_trace
     from ep_engine.tokens import TokenFile
 
-    check_output_file(out, overwrite=overwrite)
+    for path in (out, trace):
+        if path is not None:
+            check_output_file(path, overwrite=overwrite)
+    seen: dict[int, list[Tensor]] = {}
+    keep = (lambda layer, ids_TK: seen.setdefault(layer, []).append(ids_TK)) if trace else (lambda layer, ids_TK: None)
     with bar("profiling", max_tokens) as advance:
         found = profile(
             model,
@@ -125,8 +133,11 @@ def profile_command(
             sequence_length=sequence_length,
             seed=seed,
             advance=advance,
+            see=keep,
         )
     found.save(out)
+    if trace is not None:
+        save_trace(trace, [seen[layer] for layer in sorted(seen)])
     report = {"written": str(out), "layers": found.num_layers, "experts": found.num_experts, **found.about}
     _report(report, as_json, f"wrote {out}: {found.num_layers} layers, {found.about['tokens']} tokens")
 

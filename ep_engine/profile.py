@@ -29,6 +29,7 @@ def profile(
     sequence_length: int,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
+    see: Callable[[int, Tensor], None] = lambda layer, ids_TK: None,
 ) -> Profile:
     """Count co-activation over a random sample of windows of a token file, without gradients, in one CPU process.
 
@@ -39,6 +40,7 @@ def profile(
         sequence_length: S, tokens of a window.
         seed: of the sample.
         advance: called with the number of tokens done.
+        see: called with a layer and the experts of the next tokens in it.
 
     Raises:
         UserError: the model is dense, or the text is shorter than asked for.
@@ -67,6 +69,7 @@ def profile(
     def count(x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         for layer, router in routers.items():
             ops.count_pairs(router.ids_TK, counts_LEE[layer])
+            see(layer, router.ids_TK)
         return x
 
     model.watch = count

@@ -7,6 +7,7 @@ beyond is not read.
 Shape letters:  L MoE layers   T tokens of a step, on all ranks   K top_k   E experts
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from ep_engine.selection import make_rule
 _TOKENS_AT_ONCE = 1 << 16
 
 
-def save_trace(path: Path, ids_LTK: Tensor) -> None:
-    """Write a trace."""
+def save_trace(path: Path, ids_of_layers: Sequence[Sequence[Tensor]]) -> None:
+    """Write a trace of the experts (T, K) of tokens that follow each other, for every layer."""
+    ids_LTK = torch.stack([torch.cat(list(of_layer)) for of_layer in ids_of_layers])
     with whole_file(path) as beside, beside.open("wb") as file:
-        np.savez_compressed(file, ids=ids_LTK.numpy())
+        np.savez_compressed(file, ids=ids_LTK.to(torch.int16).numpy())
 
 
 def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tuple[Tensor, str]:

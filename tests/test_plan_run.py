@@ -15,14 +15,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ep_engine.cli import app
+from ep_engine.collaboration import read_profile
 from ep_engine.command_line import exit_with_sentence
 from ep_engine.config import RunConfig
 from ep_engine.ledger import DIRECTIONS, TIERS
 from ep_engine.memory import KINDS
 from ep_engine.mesh import World, process_groups
+from ep_engine.model_config import read_model_config
 from ep_engine.plan_run import plan_run
 from ep_engine.resolve import resolve
-from ep_engine.routing_trace import draw_routing, save_trace
+from ep_engine.routing_trace import draw_routing, read_trace, save_trace
 from ep_engine.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.run_cases import NEW_MODEL, small_run
@@ -112,7 +114,7 @@ def test_a_dense_model_has_no_experts_traffic(run: Command, files: Path, tmp_pat
 def test_a_trace_or_a_profile_takes_the_place_of_uniform_routing(run: Command, files: Path, tmp_path: Path) -> None:
     run_file = write_run(files, tmp_path)
     model = resolve(small_run(files, "x", model={"checkpoint": str(files / "moe")}), 1).model
-    save_trace(tmp_path / "t.npz", draw_routing(model, 128, seed=5))
+    save_trace(tmp_path / "t.npz", [[of_layer] for of_layer in draw_routing(model, 128, seed=5)])
     ep = ("parallel.expert_parallel_size=2", "--ranks", 2, "--json")
     uniform, seeded, traced, profiled = (
         json.loads(run("plan", run_file, *ep, *more)[1])
@@ -121,6 +123,21 @@ def test_a_trace_or_a_profile_takes_the_place_of_uniform_routing(run: Command, f
     assert traced["traffic"] == seeded["traffic"] != uniform["traffic"]
     assert traced["routing"] == f"trace {tmp_path / 't.npz'}"
     assert profiled["routing"] == f"drawn with the loads of profile {files / 'profile.npz'}, seed 0"
+
+
+def test_a_profiled_text_leaves_a_trace_to_plan_with(run: Command, files: Path, tmp_path: Path) -> None:
+    trace, out = tmp_path / "t.npz", tmp_path / "p.npz"
+    text = ("--tokens", files / "train", "--out", out, "--max-tokens", 200, "--sequence-length", 16)
+    assert run("profile", files / "moe", *text, "--trace", trace)[0] == 0
+    model = read_model_config(files / "moe" / "model.json")
+    ids, _ = read_trace(trace, model, 192, seed=0)
+    assert [torch.bincount(of_layer.flatten(), minlength=8).tolist() for of_layer in ids] == read_profile(
+        out
+    ).load.tolist()
+    status, _, err = run("profile", files / "moe", *text, "--overwrite", "--trace", tmp_path)
+    assert (status, err.count("is a folder")) == (2, 1)
+    ep = ("parallel.expert_parallel_size=2", "--ranks", 2, "--trace", trace)
+    assert run("plan", write_run(files, tmp_path), *ep)[0] == 0
 
 
 # arguments after the run file, and the sentence
