@@ -91,6 +91,8 @@ class Step:
         self._gathered: set[int] = set()  # which groups, by identity: equal ones are different weights
         self._summed: set[int] = set()  # which have gradients that wait for those of other parts
         self._transport = transport
+        on_cpu = config.parallel.device != "cuda"
+        self._shared = transport == "shared_memory" or (transport == "hierarchical" and on_cpu)  # the last hop
         self._rows, self._arena = 0, 0  # rows that live, and pages of the arena, which stay once they are written
         self._buffer = 0  # of the last gather or reduction, which FSDP keeps until the next
 
@@ -119,7 +121,7 @@ class Step:
             else:
                 self._backward(kind, stage, part, last=left[stage] == 0)
         largest = max(group.largest for weights in self.weights.values() for group in weights.all())
-        self.tape.touch("the norm of the gradients", working=_FLOAT * largest // self.dp)
+        self.tape.touch("norm of the gradients", working=_FLOAT * largest // self.dp)
         return self.tape
 
     def _kept(self, layer: int, part: int) -> Kept:
@@ -151,7 +153,7 @@ class Step:
         return of_input if stage > 0 else 0
 
     def _forward(self, stage: int, part: int) -> None:
-        moment = f"the forward of part {part} in stage {stage}"
+        moment = f"forward of part {part} in stage {stage}"
         weights = self.weights[stage]
         self._gather(weights.root, moment)
         self.tape.hold(moment, activations=-self._received(stage))
@@ -174,7 +176,7 @@ class Step:
         self.tape.hold(moment, **end)
 
     def _backward(self, kind: str, stage: int, part: int, *, last: bool) -> None:
-        moment = f"the backward of part {part} in stage {stage}"
+        moment = f"backward of part {part} in stage {stage}"
         weights = self.weights[stage]
         if kind != "backward_weight":
             if stage == self.stages.last:  # gradients of the loss and of its softmax, which takes one more if split
@@ -230,7 +232,7 @@ class Step:
     def _hold(self, moment: str, kinds: Counter[str]) -> None:
         rows = kinds["rows"]
         self._rows += rows
-        if self._transport == "shared_memory":  # what is freed can be written again, but is not given back
+        if self._shared:  # what is freed can be written again, but is not given back
             rows = max(0, self._rows - self._arena)
             self._arena += rows
         self.tape.hold(moment, **{**kinds, "rows": rows})

@@ -141,12 +141,15 @@ def _group_table(plan: dict[str, Any]) -> Table:
 
 
 def _memory_table(plan: dict[str, Any]) -> Table:
-    shown = [kind for kind in KINDS if any(one["bytes"][kind] for one in plan["memory"]["ranks"])]
-    title = "Most memory of a rank in a step, tensors in MB; of ranks alike the one that needs most"
-    table = Table("ranks", *shown, "total", "in", title=title)
-    for one in plan["memory"]["alike"]:
-        kinds = (_mega(one["bytes"][kind]) for kind in shown)
-        table.add_row(_numbers(one["ranks"]), *kinds, _mega(one["total"]), one["when"])
+    alike = plan["memory"]["alike"]
+    title = "Most memory of a rank in a step: tensors, MB"
+    table = Table("ranks", *(_numbers(one["ranks"]) for one in alike), title=title)
+    for kind in (kind for kind in KINDS if any(one["bytes"][kind] for one in alike)):
+        table.add_row(kind, *(_mega(one["bytes"][kind]) for one in alike))
+    table.add_section()
+    table.add_row("total", *(_mega(one["total"]) for one in alike))
+    table.add_row("least of them", *(_mega(one["least"]) for one in alike))
+    table.add_row("in", *(one["when"] for one in alike))
     return table
 
 
@@ -155,9 +158,10 @@ def _traffic_tables(plan: dict[str, Any]) -> list[Table]:
     tables = []
     if traffic["experts"]["layers"]:
         total = traffic["experts"]["total"]
-        columns = [(d, tier) for tier in TIERS for d in DIRECTIONS if total[d][tier]]
-        table = Table("layer", *(f"{tier}: {d.replace('_', ' ')}" for d, tier in columns))
-        table.title = "Bytes of experts' rows in a step, of all ranks, MB"
+        columns = [(d, tier) for tier in TIERS[1:] for d in DIRECTIONS if total[d][tier]]
+        names = [[*d.split("_"), "over the", tier] for d, tier in columns]
+        table = Table("layer", *("\n".join(name) for name in names))
+        table.title = "Experts' rows that leave a rank in a step, of all ranks, MB"
         for layer in traffic["experts"]["layers"]:
             table.add_row(str(layer["layer"]), *(_mega(layer[d][tier]) for d, tier in columns))
         table.add_row("all", *(_mega(total[d][tier]) for d, tier in columns))
@@ -165,7 +169,7 @@ def _traffic_tables(plan: dict[str, Any]) -> list[Table]:
     dense = traffic["dense_of_ranks"]
     kinds = [kind for kind in dense[0] if any(any(one[kind].values()) for one in dense)]
     if kinds:
-        table = Table("dense traffic", *TIERS[1:], title="Other bytes that leave a rank in a step, the most of any, MB")
+        table = Table("dense traffic", *TIERS[1:], title="What else leaves a rank, the most of any, MB")
         for kind in kinds:
             table.add_row(kind.replace("_", " "), *(_mega(max(one[kind][tier] for one in dense)) for tier in TIERS[1:]))
         tables.append(table)

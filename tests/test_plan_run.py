@@ -89,7 +89,7 @@ def test_tables_are_shown_and_nothing_is_made(run: Command, files: Path, tmp_pat
     status, out, err = run("plan", run_file, *FOUR)
     assert (status, err) == (0, "")
     assert out.startswith("4 ranks, 4 on a node, float32; experts' rows over shared_memory; routing: uniform random")
-    for title in ("Groups of every rank", "Most memory of a rank", "Bytes of experts' rows", "Other bytes that leave"):
+    for title in ("Groups of every rank", "Most memory of a rank", "Experts' rows that leave", "What else leaves"):
         assert title in out
     assert contents(files, tmp_path) == before
 
