@@ -136,7 +136,7 @@ def count_traffic(
         for layer in (layer for stage in here for layer in stages.layers[stage]):
             ways = {rank: _way(config, placement, groups, axes, rank, layer, found.ledgers[rank]) for rank in group}
             for part in range(config.train.micro_batches):
-                given = {rank: ids_of_rank[rank][layer, part] for rank in group}
+                given = {rank: ids_of_rank[rank][layer, part].long() for rank in group}
                 for rank, passed in _pass(config, groups, axes, ways, given, hidden_size).items():
                     found.passed[rank, layer, part] = passed
     return found
@@ -179,16 +179,19 @@ def _pass(
         hops = {rank: way[number] for rank, (_, way) in ways.items()}
         plans = {rank: _rows(named[rank], hop) for rank, hop in hops.items()}
         recv: dict[int, list[int]] = {}
+        came: dict[int, list[Tensor]] = {}
         for rank, hop in hops.items():
             peers = groups.around(rank, axis)
             own = peers.index(rank)
             recv[rank] = [plans[peer].send_rows[own] for peer in peers]
             _record(config, hop, plans[rank], recv[rank], hidden_size)
             sent[rank] += sum(plans[rank].send_rows) - plans[rank].send_rows[own]
-            named[rank] = torch.cat([plans[peer].slots_of_rank[own] for peer in peers]).long()
+            came[rank] = [plans[peer].slots_of_rank[own] for peer in peers]
+        if number < len(axes) - 1:
+            named = {rank: torch.cat(slots).long() for rank, slots in came.items()}
     return {
-        rank: Passed(sum(recv[rank]), int((slots >= 0).sum()), sent[rank], slots.shape[1])
-        for rank, slots in named.items()
+        rank: Passed(sum(recv[rank]), sum(int((run >= 0).sum()) for run in slots), sent[rank], slots[0].shape[1])
+        for rank, slots in came.items()
     }
 
 

@@ -20,7 +20,7 @@ from ep_engine.model_config import ModelConfig
 from ep_engine.output import whole_file
 from ep_engine.selection import make_rule
 
-_TOKENS_AT_ONCE = 1 << 16
+_DRAWN = 1 << 16  # tokens; a step of more repeats them, which changes no share
 
 
 def save_trace(path: Path, ids_of_layers: Sequence[Sequence[Tensor]]) -> None:
@@ -31,7 +31,7 @@ def save_trace(path: Path, ids_of_layers: Sequence[Sequence[Tensor]]) -> None:
 
 
 def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tuple[Tensor, str]:
-    """The experts of one step, (L, T, K) int64, from a trace, or drawn with the loads of a profile; and what they are.
+    """The experts of one step, (L, T, K) int16, from a trace, or drawn with the loads of a profile; and what they are.
 
     Raises:
         UserError: the file is neither, or not of this model, or has fewer tokens than a step.
@@ -56,7 +56,7 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
 
 
 def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor | None = None) -> Tensor:
-    """Random experts under the model's rule, (L, T, K) int64.
+    """Random experts under the model's rule, (L, T, K) int16.
 
     Scores are those of a draw without replacement in proportion to the loads (arXiv:1903.06059), which the rule then
     chooses from; without loads all experts are alike.
@@ -64,15 +64,13 @@ def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor
     moe = model.moe
     assert moe is not None, "the caller has asked"
     generator = torch.Generator().manual_seed(seed)
-    ids_LTK = torch.empty(model.num_layers, num_tokens, moe.top_k, dtype=torch.int64)
+    count = min(num_tokens, _DRAWN)
+    ids_LTK = torch.empty(model.num_layers, count, moe.top_k, dtype=torch.int16)
     for layer in range(model.num_layers):
-        rule = make_rule(moe, layer)
         bias_E = torch.zeros(moe.num_experts) if load_LE is None else load_LE[layer].clamp(min=0.5).log().float()
-        for start in range(0, num_tokens, _TOKENS_AT_ONCE):
-            count = min(_TOKENS_AT_ONCE, num_tokens - start)
-            gumbel_TE = -torch.empty(count, moe.num_experts).exponential_(generator=generator).log()
-            ids_LTK[layer, start : start + count] = rule.select(bias_E + gumbel_TE)
-    return ids_LTK
+        gumbel_TE = -torch.empty(count, moe.num_experts).exponential_(generator=generator).log()
+        ids_LTK[layer] = make_rule(moe, layer).select(bias_E + gumbel_TE)
+    return ids_LTK if count == num_tokens else ids_LTK.repeat(1, -(-num_tokens // count), 1)[:, :num_tokens]
 
 
 def _checked(ids_LTK: Tensor, path: Path, model: ModelConfig, num_tokens: int) -> Tensor:
@@ -97,4 +95,4 @@ def _checked(ids_LTK: Tensor, path: Path, model: ModelConfig, num_tokens: int) -
         )
     if (ids_LTK.sort(dim=2).values.diff(dim=2) == 0).any():
         raise UserError(f"trace {path} names an expert twice for one token; write its experts once each")
-    return ids_LTK
+    return ids_LTK.to(torch.int16)

@@ -54,7 +54,7 @@ def _set(value: int) -> Callable[[Any], Any]:
     [
         (
             lambda ids: ids[:1],
-            r"must have integers `ids` of \(2 layers, tokens, 2 experts\), got \(1, 4, 2\) of torch.int64",
+            r"must have integers `ids` of \(2 layers, tokens, 2 experts\), got \(1, 4, 2\) of torch.int16",
         ),
         (lambda ids: ids[:, :, :1], r"got \(2, 4, 1\)"),
         (lambda ids: ids[0], r"got \(4, 2\)"),
@@ -99,6 +99,12 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
         read_trace(profile(tmp_path, [1, 1, 1, 1]), model(), 4, seed=0)
 
 
+def test_a_large_step_repeats_what_is_drawn() -> None:
+    ids = draw_routing(model(), (1 << 16) + 5, seed=0)
+    assert ids.shape == (2, (1 << 16) + 5, 2)
+    assert torch.equal(ids[:, 1 << 16 :], ids[:, :5])
+
+
 def test_drawn_routing_is_uniform_repeats_and_keeps_the_rule() -> None:
     ids = draw_routing(model(), 20_000, seed=0)
     load = torch.bincount(ids[1].flatten(), minlength=8) / 20_000
@@ -110,5 +116,5 @@ def test_drawn_routing_is_uniform_repeats_and_keeps_the_rule() -> None:
     assert grouped.moe.routing.device_of_expert is not None
     device = torch.tensor(grouped.moe.routing.device_of_expert)
     for layer, of_layer in enumerate(draw_routing(grouped, 500, seed=0)):
-        devices = device[layer][of_layer]
+        devices = device[layer][of_layer.long()]
         assert (devices[:, 0] == devices[:, 1]).all()
