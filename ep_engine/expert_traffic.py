@@ -6,7 +6,8 @@ message moves.
 Shape letters as in ops.py; L MoE layers, N tokens of a step on all ranks.
 """
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +92,19 @@ class ExpertTraffic:
 
     ledgers: list[Ledger]
     passed: dict[tuple[int, int, int], Passed] = field(default_factory=dict)
+
+    def times(self, factor: int) -> "ExpertTraffic":
+        """The same of as many times the tokens."""
+        ledgers = []
+        for ledger in self.ledgers:
+            sent = Counter({key: num_bytes * factor for key, num_bytes in ledger.sent.items()})
+            tokens = Counter({layer: count * factor for layer, count in ledger.tokens.items()})
+            ledgers.append(replace(ledger, sent=sent, tokens=tokens))
+        passed = {
+            key: Passed(one.rows * factor, one.copies * factor, one.sent * factor, one.width)
+            for key, one in self.passed.items()
+        }
+        return ExpertTraffic(ledgers, passed)
 
 
 def transport_of(config: RunConfig, groups: Groups, placement: Placement) -> str:

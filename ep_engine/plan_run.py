@@ -5,6 +5,7 @@ Nothing is read but model.json, the placement, the profile of the rule and a tra
 """
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ep_engine.expert_traffic import ExpertTraffic, Groups, count_traffic, trans
 from ep_engine.ledger import DIRECTIONS, TIERS, Ledger
 from ep_engine.memory import KINDS, Step
 from ep_engine.resolve import Layout, resolve_layout
-from ep_engine.routing_trace import draw_routing, read_trace
+from ep_engine.routing_trace import DRAWN, draw_routing, read_trace
 
 _AXES = ("pp", "dp", "tp", "edp", "ep", "etp", "dispatch", "stage")
 
@@ -73,13 +74,27 @@ def _experts(
         if trace is not None:
             raise UserError(f"--trace {trace} has no effect on a dense model; leave it out")
         return ExpertTraffic([Ledger() for _ in groups.node_of_rank]), "none: the model is dense"
-    tokens = config.data.batch_size * config.data.sequence_length
+    factor = _thinning(config) if trace is None else 1
+    length = config.data.sequence_length // factor
+    thinned = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})
+    tokens = config.data.batch_size * length
     if trace is None:
-        ids_LNK, what = draw_routing(layout.model, tokens, seed), f"uniform random, seed {seed}"
+        of = f", 1 of {factor} tokens" if factor > 1 else ""
+        ids_LNK, what = draw_routing(layout.model, tokens, seed), f"uniform random, seed {seed}{of}"
     else:
         ids_LNK, what = read_trace(trace, layout.model, tokens, seed)
-    hidden_size = layout.model.hidden_size
-    return count_traffic(config, layout.stages, layout.placement, groups, ids_LNK, hidden_size), what
+    found = count_traffic(thinned, layout.stages, layout.placement, groups, ids_LNK, layout.model.hidden_size)
+    return found.times(factor), what
+
+
+def _thinning(config: RunConfig) -> int:
+    """How many tokens one that is drawn stands for, so that a large step does not take minutes to count."""
+    positions = config.data.sequence_length // config.parallel.tensor_parallel_size
+    tokens = config.data.batch_size * config.data.sequence_length
+    if config.moe.fixed_rows is not None:  # what is fixed does not grow with the tokens
+        return 1
+    factors = (f for f in range(1, positions + 1) if positions % f == 0)
+    return next((f for f in factors if tokens // f <= DRAWN), positions)
 
 
 def _groups(step: Step, groups: Groups) -> dict[str, Any]:
@@ -181,7 +196,10 @@ def _mega(num_bytes: int) -> str:
 
 
 def _numbers(numbers: list[int]) -> str:
-    """Ascending numbers, runs of them as first-last."""
+    """Ascending numbers, runs of them as first-last, or first-last by step."""
+    steps = {second - first for first, second in pairwise(numbers)}
+    if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]}-{numbers[-1]} by {steps.pop()}"
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -20,7 +20,7 @@ from ep_engine.model_config import ModelConfig
 from ep_engine.output import whole_file
 from ep_engine.selection import make_rule
 
-_DRAWN = 1 << 16  # tokens; a step of more repeats them, which changes no share
+DRAWN = 1 << 16  # tokens; a step of more repeats them, which changes no share
 
 
 def save_trace(path: Path, ids_of_layers: Sequence[Sequence[Tensor]]) -> None:
@@ -64,7 +64,7 @@ def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor
     moe = model.moe
     assert moe is not None, "the caller has asked"
     generator = torch.Generator().manual_seed(seed)
-    count = min(num_tokens, _DRAWN)
+    count = min(num_tokens, DRAWN)
     ids_LTK = torch.empty(model.num_layers, count, moe.top_k, dtype=torch.int16)
     for layer in range(model.num_layers):
         bias_E = torch.zeros(moe.num_experts) if load_LE is None else load_LE[layer].clamp(min=0.5).log().float()

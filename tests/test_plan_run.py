@@ -125,6 +125,20 @@ def test_a_trace_or_a_profile_takes_the_place_of_uniform_routing(run: Command, f
     assert profiled["routing"] == f"drawn with the loads of profile {files / 'profile.npz'}, seed 0"
 
 
+def test_a_large_step_is_counted_from_a_part_of_its_tokens(files: Path) -> None:
+    def plan(length: int) -> dict[str, Any]:
+        data = {"sequence_length": length, "batch_size": 1024}
+        parallel = {"expert_parallel_size": 2}
+        return plan_run(
+            small_run(files, "x", model={"checkpoint": str(files / "moe")}, data=data, parallel=parallel), 2
+        )
+
+    one, two = plan(64), plan(128)
+    assert (one["routing"], two["routing"]) == ("uniform random, seed 0", "uniform random, seed 0, 1 of 2 tokens")
+    for direction, tiers in one["traffic"]["experts"]["total"].items():
+        assert two["traffic"]["experts"]["total"][direction] == {tier: 2 * size for tier, size in tiers.items()}
+
+
 def test_a_profiled_text_leaves_a_trace_to_plan_with(run: Command, files: Path, tmp_path: Path) -> None:
     trace, out = tmp_path / "t.npz", tmp_path / "p.npz"
     text = ("--tokens", files / "train", "--out", out, "--max-tokens", 200, "--sequence-length", 16)
