@@ -27,7 +27,8 @@ class Kept:
     Attributes:
         residual: its input and what is between attention and FFN, where a norm keeps them.
         attention: attention and its norm.
-        ffn: the norm before it, a dense FFN or the router, and tables.
+        ffn: the norm before it, a dense FFN or the router and the shared expert, and tables.
+        shared: of that, the inside of the shared expert.
         rows: of experts, as they arrived.
         gate_up: of every copy.
         working: most that the FFN's backward needs beside.
@@ -37,6 +38,7 @@ class Kept:
     residual: int = 0
     attention: int = 0
     ffn: int = 0
+    shared: int = 0
     rows: int = 0
     gate_up: int = 0
     working: int = 0
@@ -135,12 +137,17 @@ class Part:
         # A GPU does not know on the host how many copies there are.
         copies = passed.rows * passed.width if parallel.device == "cuda" else passed.copies
         width = moe.expert_hidden_size // parts
+        inside = self.tokens * moe.shared_hidden_size // self.tp * c
+        shared = 4 * inside + (self.hidden * self.tp if inside and self.tp > 1 else 0)
+        gated = self.hidden + 2 * tokens * c if moe.shared_gate else 0
+        tables = tokens * (scores + plan) + passed.rows * passed.width * 2 * (_FLOAT + _INT)
         return replace(
             both,
-            ffn=self.norm() + wide + tokens * (scores + plan) + passed.rows * passed.width * 2 * (_FLOAT + _INT),
+            ffn=self.norm() + wide + tables + shared + gated,
+            shared=shared,
             rows=rows,
             gate_up=copies * 2 * width * c,
-            working=(copies + 2 * passed.rows + passed.sent) * d * c,
+            working=(copies + 2 * passed.rows + passed.sent) * d * c + 3 * inside,
             for_weights=self._linear_grads() + copies * 3 * width * c + passed.rows * d * c,
         )
 

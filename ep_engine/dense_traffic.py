@@ -43,10 +43,11 @@ def dense_traffic(step: Step, groups: Groups) -> dict[str, dict[str, int]]:
 
 def _exchanges_of_sequence(step: Step) -> int:
     """How often a part's hidden states are gathered along the sequence, or summed and scattered; there and back."""
-    dense, recompute = step.model.moe is None, step.config.train.recompute
+    moe, recompute = step.model.moe, step.config.train.recompute
+    dense = moe is None or moe.shared_hidden_size > 0  # whether there is a dense FFN, if only beside experts
     per_layer = 8 if dense else 4
     if recompute == "selective":
-        per_layer += 1  # what attention reads
+        per_layer += 2 if dense and moe is not None else 1  # what attention and the shared expert read
     elif recompute == "full":
         per_layer += 3 if dense else 2  # all but the last, after which nothing is kept
     layers = sum(len(weights.layers) for weights in step.weights.values())

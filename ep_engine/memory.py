@@ -136,7 +136,7 @@ class Step:
             return Counter(activations=self.part.hidden + chosen)
         if recompute == "selective":
             entered = self.part.hidden - self.part.residual()  # what a second pass begins with, and no norm keeps
-            return Counter(activations=kept.residual + entered + kept.ffn, rows=kept.rows)
+            return Counter(activations=kept.residual + entered + kept.ffn - kept.shared, rows=kept.rows)
         return Counter(activations=kept.total - kept.rows, rows=kept.rows)
 
     def _end(self, stage: int) -> Counter[str]:
@@ -144,6 +144,8 @@ class Step:
         if stage < self.stages.last:
             return Counter(activations=self.part.hidden)
         kept = self.part.norm() + self.part.residual() + self.part.hidden * self.part.tp
+        if self.part.tp == 1:  # the gradient of the logits lies where they were
+            return Counter(activations=kept, logits=self.part.logits * self.part.itemsize)
         output = self.part.itemsize if self.size > 1 else 0  # a pipeline keeps what the last stage returns
         return Counter(activations=kept, logits=self.part.logits * (_FLOAT + output))
 
@@ -172,6 +174,8 @@ class Step:
         if stage == self.stages.last:
             widened = _FLOAT if self.part.itemsize < _FLOAT else 0
             on_the_way = self.part.logits * (self.part.itemsize + widened + _FLOAT)
+            if self.part.tp == 1:
+                on_the_way = self.part.logits * self.part.itemsize
             self.tape.touch(moment, activations=end["activations"], logits=on_the_way)
         self.tape.hold(moment, **end)
 
@@ -179,8 +183,8 @@ class Step:
         moment = f"backward of part {part} in stage {stage}"
         weights = self.weights[stage]
         if kind != "backward_weight":
-            if stage == self.stages.last:  # gradients of the loss and of its softmax, which takes one more if split
-                self.tape.touch(moment, logits=(3 if self.part.tp > 1 else 2) * _FLOAT * self.part.logits)
+            if stage == self.stages.last and self.part.tp > 1:  # gradients of the loss and of its split softmax
+                self.tape.touch(moment, logits=3 * _FLOAT * self.part.logits)
             self._drop(moment, Counter(logits=self._end(stage)["logits"]))
         for layer, of_layer in reversed(weights.layers.items()):
             kept = self._kept(layer, part)
@@ -242,7 +246,7 @@ class Step:
 
     def _gather(self, group: Weights, moment: str) -> None:
         """Bring a group's weights together in the dtype of computation, through a buffer if there are several ranks."""
-        if id(group) in self._gathered:
+        if id(group) in self._gathered or group.alone:
             return
         size = group.gathered * group.itemsize
         if group.ranks > 1:
@@ -264,7 +268,7 @@ class Step:
     def _gradients(self, moment: str, group: Weights) -> None:
         """Gradients of gathered weights: in the dtype of computation, or added up in float32 over parts."""
         size = group.gathered * group.itemsize
-        if self.size == 1 and self.parts == 1:
+        if self.size == 1 and self.parts == 1 and not group.alone:
             self.tape.hold(moment, gradients=size)
         elif id(group) in self._summed:
             self.tape.touch(moment, gradients=size)
@@ -281,6 +285,8 @@ class Step:
             self._release(group)
 
     def _reduce(self, moment: str, group: Weights) -> None:
+        if group.alone:
+            return
         self._release(group)
         self.reductions[group.axis] += group.share * _FLOAT
         summed = id(group) in self._summed

@@ -25,6 +25,11 @@ class Weights:
     reshard: bool  # after a forward
 
     @property
+    def alone(self) -> bool:
+        """Whether FSDP has nothing to do: one rank holds them, as they are computed with."""
+        return self.ranks == 1 and self.itemsize == _FLOAT
+
+    @property
     def gathered(self) -> int:
         """Elements, with those that make the parts of all ranks alike."""
         return sum(-(-shape[0] // self.ranks) * self.ranks * math.prod(shape[1:]) for shape in self.shapes)
@@ -77,7 +82,7 @@ def stage_weights(
     for i in layers:
         names = [name for name in shapes if name.startswith(f"layers.{i}.")]
         routers = [name for name in names if ".router." in name and apart]
-        norms = [name for name in names if name.endswith("norm.weight") and tp > 1]
+        norms = [name for name in names if name.endswith(("norm.weight", "shared_gate.weight")) and tp > 1]
         if tp > 1 and i == model.num_layers - 1:
             norms.append("norm.weight")  # by itself as they are, and as small
         of_layer[i] = [group([name for name in names if name not in routers + norms], "dp")]
@@ -100,7 +105,12 @@ def stage_weights(
 
 def _cut(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
     """What tensor parallelism leaves of a weight."""
-    if "norm" in name or ".router." in name or (".w_o.bias" in name or ".w_down.bias" in name):
+    if (
+        "norm" in name
+        or ".router." in name
+        or ".shared_gate." in name
+        or (".w_o.bias" in name or ".w_down.bias" in name)
+    ):
         return shape
     if name.endswith((".w_o.weight", ".w_down.weight")):
         return shape[0], shape[1] // tp
