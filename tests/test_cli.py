@@ -295,6 +295,7 @@ def test_run_folder_is_replaced_only_with_overwrite(run: Command, files: Path, t
         "job",
         "metrics.jsonl",
         "profile.npz",
+        "run.lock",
         "run.toml",
         "summary.json",
     ]

@@ -138,17 +138,22 @@ def assert_nothing_is_left(namespaces: set[str], marks: list[str]) -> None:
     assert not re.search(r": (switch|port\d+)", links)
     assert subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout == ""
     assert "netns" not in {line.split()[0] for line in Path("/proc/mounts").read_text().splitlines()}
-    deadline = time.monotonic() + 5  # the kernel ends what a killed first process leaves behind, but not at once
-    while processes(marks) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 20  # the kernel ends what a killed first process leaves behind, but not at once
+    while (processes(marks) or held_namespaces() & namespaces) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert processes(marks) == []
+    assert not held_namespaces() & namespaces
+
+
+def held_namespaces() -> set[str]:
+    """Of the network, of all processes."""
     held = set()
     for link in Path("/proc").glob("[0-9]*/ns/net"):
         try:
             held.add(os.readlink(link))
         except OSError:
             continue
-    assert not held & namespaces
+    return held
 
 
 @needs_nodes
