@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# transformers copies remote code into a cache, which it looks up when it is first imported.
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))
+# transformers copies remote code into a cache, which it looks up when it is first imported; processes of a test
+# inherit it from the first one, which deletes it when it ends.
+if "HF_MODULES_CACHE" not in os.environ:
+    _MODULES_CACHE = tempfile.TemporaryDirectory(prefix="hf_modules_")
+    os.environ["HF_MODULES_CACHE"] = _MODULES_CACHE.name
 
 import pytest
 import torch
