@@ -148,6 +148,9 @@ def place_command(
     devices: Annotated[int, typer.Option(help="devices that share the experts of a layer")],
     out: Annotated[Path, typer.Option(help="placement.json to write")],
     nodes: Annotated[int, typer.Option(min=1, help="nodes that the devices are parts of")] = 1,
+    load_cap: Annotated[
+        float | None, typer.Option(min=1, help="most tokens of a device relative to the mean, such as 1.1 [any]")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the restarts, where there are too many partitions")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -162,16 +165,18 @@ def place_command(
     counted = read_profile(profile)
     check_fits(counted, devices, profile)
     with bar("placing layers", counted.num_layers) as advance:
-        placement, found = place(counted, devices, nodes=nodes, seed=seed, advance=advance)
+        placement, found = place(counted, devices, nodes=nodes, load_cap=load_cap, seed=seed, advance=advance)
     placement.save(out, measured=found)
     placed, contiguous = found["placed"], found["contiguous"]
+    over = f"; layers {found['over_cap']} exceed the cap of {load_cap}, no placement within it was found"
     _report(
         {"written": str(out), **found},
         as_json,
         f"wrote {out}: pairs inside a device {placed['intra_device_fraction']:.4f} "
         f"(by id {contiguous['intra_device_fraction']:.4f}), load max/mean {placed['load_max_over_mean']:.3f} "
         f"(by id {contiguous['load_max_over_mean']:.3f}), "
-        f"{'best of all partitions' if found['exact'] else 'best of several descents, not proven best'}",
+        f"{'best of all partitions' if found['exact'] else 'best of several descents, not proven best'}"
+        f"{over if found['over_cap'] else ''}",
     )
 
 

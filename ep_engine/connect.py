@@ -70,12 +70,12 @@ def connect(
         return Connection(((CudaIpc(group, meshes.timeout_s, 2 * largest_exchange, device), tiers),))
     if name == "hierarchical":
         return _over_nodes(meshes, device)
-    return Connection(((Collective(group), tiers),))
+    return Connection(((Collective(group, meshes.down.get("dispatch")), tiers),))
 
 
 def _best(group: dist.ProcessGroup, meshes: Meshes, device: torch.device, *, hierarchical: bool) -> Connection:
     tiers, chosen, why = meshes.ep_tiers(), "collective", "ranks of several nodes, or on GPUs"
-    connection = Connection(((Collective(group), tiers),))
+    connection = Connection(((Collective(group, meshes.down.get("dispatch")), tiers),))
     if device.type == "cpu" and "network" not in tiers:
         try:
             connection, chosen, why = (
@@ -95,7 +95,7 @@ def _best(group: dist.ProcessGroup, meshes: Meshes, device: torch.device, *, hie
 def _over_nodes(meshes: Meshes, device: torch.device) -> Connection:
     assert meshes.ep_across is not None, "checked before"
     assert meshes.ep_inside is not None, "checked before"
-    across, inside = Collective(meshes.ep_across), meshes.ep_inside
+    across, inside = Collective(meshes.ep_across, meshes.down.get("ep_across")), meshes.ep_inside
     near: Transport = SharedMemory(inside, meshes.timeout_s) if device.type == "cpu" else Collective(inside)
     tiers = ["self" if rank == across.rank else "network" for rank in range(across.size)]
     near_tiers = ["self" if rank == near.rank else "node" for rank in range(near.size)]

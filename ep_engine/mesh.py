@@ -76,6 +76,7 @@ class Meshes:
     timeout_s: float  # a rank that hears nothing from another for so long fails
     ep_inside: dist.ProcessGroup | None  # the ranks of `dispatch` on this rank's node, and
     ep_across: dist.ProcessGroup | None  # its peers on the other nodes; None: one node, or nodes with unequal parts
+    down: dict[str, dist.ProcessGroup]  # `dispatch` and `ep_across` again, where gloo joins nodes; see `Collective`
 
     def ep_tiers(self) -> list[str]:
         """Link tier from this rank to every rank that its tokens may go to: self, node or network."""
@@ -184,11 +185,19 @@ def _make_meshes(
     assert dist.group.WORLD is not None, "the process group was just made"
     # Not init_device_mesh: it gives its groups torch's half hour instead of our time-out.
     own: dict[str, dist.ProcessGroup] = {}
+    down: dict[str, dist.ProcessGroup] = {}
+
+    def make(axis: str, ranks: list[int], found: dict[str, dist.ProcessGroup]) -> None:
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc=axis)
+        if world.rank in ranks:
+            found[axis] = group
+
     for axis, groups in rank_groups(dense, experts, nodes).items():
         for ranks in groups:  # every rank takes part in making every group
-            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc=axis)
-            if world.rank in ranks:
-                own[axis] = group
+            make(axis, ranks, own)
+            of_nodes = axis in ("dispatch", "ep_across") and len({nodes[rank] for rank in ranks}) > 1
+            if of_nodes and device.type == "cpu":
+                make(axis, ranks, down)
 
     saving = dist.new_group(timeout=timedelta(seconds=timeout_s), backend="gloo", group_desc="saving")
 
@@ -207,6 +216,7 @@ def _make_meshes(
         timeout_s=timeout_s,
         ep_inside=own.get("ep_inside"),
         ep_across=own.get("ep_across"),
+        down=down,
     )
 
 

@@ -21,7 +21,13 @@ _RESTARTS = 32
 
 
 def place(
-    profile: Profile, devices: int, *, nodes: int = 1, seed: int = 0, advance: Callable[[int], None] = lambda _: None
+    profile: Profile,
+    devices: int,
+    *,
+    nodes: int = 1,
+    load_cap: float | None = None,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Placement, dict[str, Any]]:
     """Find a placement with as many co-activated pairs inside devices as possible, the same number of experts on each.
 
@@ -29,12 +35,14 @@ def place(
         profile: co-activation counts.
         devices: D, in 1..E; where it does not divide E some devices hold one expert less.
         nodes: of which the devices are parts; the tree of the placement begins with them.
+        load_cap: most tokens that the experts of a device may get, relative to the mean device, at least 1; None: any
+            number. Where no placement within it is found, one is taken that exceeds it least.
         seed: of the restarts; the exhaustive search has none.
         advance: called with the number of layers done.
 
     Returns:
-        The placement, and what was found: `exact`, the two figures of `describe_placement` for it and for experts in
-        the order of their ids, per layer and as means.
+        The placement, and what was found: `exact`; `over_cap`, the layers that exceed the cap; the two figures of
+        `describe_placement` for it and for experts in the order of their ids, per layer and as means.
 
     Raises:
         UserError: more devices than experts, or nodes that do not divide the devices.
@@ -42,14 +50,17 @@ def place(
     contiguous = Placement.contiguous(profile.num_experts, devices, profile.num_layers, nodes=nodes)
     sizes = [contiguous.device_of_expert(0).count(device) for device in range(devices)]
     exact = num_partitions(sizes) <= EXHAUSTIVE
-    layers = []
+    layers, over_cap = [], []
     for layer in range(profile.num_layers):
-        weight = profile.counts[layer].astype(np.float64)
-        device_of_expert = _exhaustive(weight, sizes) if exact else _descend(weight, sizes, seed + layer)
+        weight, load = profile.counts[layer].astype(np.float64), profile.load[layer].astype(np.float64)
+        room = math.inf if load_cap is None else load_cap * load.sum() / devices
+        search = _exhaustive(weight, sizes, load, room) if exact else _descend(weight, sizes, load, room, seed + layer)
+        device_of_expert, over = search
+        over_cap += [layer] if over > 0 else []
         layers.append(_slots(device_of_expert, devices, contiguous.slots_per_device))
         advance(layer + 1)
     placement = contiguous.model_copy(update={"layers": layers})
-    return placement, _compare(profile, placement, contiguous) | {"exact": exact}
+    return placement, _compare(profile, placement, contiguous) | {"exact": exact, "over_cap": over_cap}
 
 
 def check_fits(profile: Profile, devices: int, path: Path) -> None:
@@ -87,15 +98,25 @@ def _slots(device_of_expert: list[int], devices: int, per_device: int) -> list[i
     return slots
 
 
-def _exhaustive(weight: NDArray[np.float64], sizes: list[int]) -> list[int]:
-    """The best of all partitions; of equal ones the first in lexicographic order of devices."""
-    best, best_mass = [0] * len(weight), -1.0
+def _exhaustive(
+    weight: NDArray[np.float64], sizes: list[int], load: NDArray[np.float64], room: float
+) -> tuple[list[int], float]:
+    """The best of all partitions, of equal ones the first in the order of devices; and what exceeds `room`."""
+    best, best_value = [0] * len(weight), (-math.inf, -1.0)
     for device_of_expert in _partitions(len(weight), sizes):
-        device_E = np.array(device_of_expert)
-        mass = float(weight[device_E[:, None] == device_E[None, :]].sum())
-        if mass > best_mass:
-            best, best_mass = list(device_of_expert), mass
-    return best
+        value = _value(weight, np.array(device_of_expert), load, room)
+        if value > best_value:
+            best, best_value = list(device_of_expert), value
+    return best, -best_value[0]
+
+
+def _value(
+    weight: NDArray[np.float64], device_E: NDArray[np.int64], load: NDArray[np.float64], room: float
+) -> tuple[float, float]:
+    """What placements are compared by: tokens beyond the room of a device, negative, and pair mass."""
+    excess = np.maximum(np.bincount(device_E, weights=load) - room, 0.0).sum()
+    mass = weight[device_E[:, None] == device_E[None, :]].sum()
+    return -float(excess), float(mass)
 
 
 def _partitions(num_experts: int, sizes: list[int]) -> Iterator[list[int]]:
@@ -123,23 +144,43 @@ def _partitions(num_experts: int, sizes: list[int]) -> Iterator[list[int]]:
     return extend()
 
 
-def _descend(weight: NDArray[np.float64], sizes: list[int], seed: int) -> list[int]:
+def _descend(
+    weight: NDArray[np.float64], sizes: list[int], load: NDArray[np.float64], room: float, seed: int
+) -> tuple[list[int], float]:
     """The best of several descents: from a random start, swap the pair of experts that gains most until none does."""
     random = np.random.default_rng(seed)
     start = np.repeat(np.arange(len(sizes)), sizes)
-    best, best_mass = start, -1.0
+    least = 1e-9 * max(weight.max(), 1.0)
+    best, best_value = start, (-math.inf, -1.0)
     for restart in range(_RESTARTS):
         device_E = start.copy() if restart == 0 else random.permutation(start)
         while True:
             gain_EE = _swap_gains(weight, device_E, len(sizes))
+            relief_EE = _swap_relief(load, device_E, room, len(sizes))
+            if relief_EE.max() > 0:  # room comes first
+                gain_EE = relief_EE
+            gain_EE[relief_EE < 0] = 0.0
             i, j = np.unravel_index(gain_EE.argmax(), gain_EE.shape)
-            if gain_EE[i, j] <= 1e-9 * max(weight.max(), 1.0):
+            if gain_EE[i, j] <= least:
                 break
             device_E[i], device_E[j] = device_E[j], device_E[i]
-        mass = float(weight[device_E[:, None] == device_E[None, :]].sum())
-        if mass > best_mass:
-            best, best_mass = device_E, mass
-    return [int(device) for device in best]
+        value = _value(weight, device_E, load, room)
+        if value > best_value:
+            best, best_value = device_E, value
+    return [int(device) for device in best], -best_value[0]
+
+
+def _swap_relief(
+    load: NDArray[np.float64], device_E: NDArray[np.int64], room: float, devices: int
+) -> NDArray[np.float64]:
+    """(E, E) by how much less the devices' loads exceed their room when experts i and j are swapped."""
+    load_E = np.bincount(device_E, weights=load, minlength=devices)[device_E]
+    after_EE = load_E[:, None] - load[:, None] + load[None, :]  # on the device of i
+    over_E, over_EE = np.maximum(load_E - room, 0.0), np.maximum(after_EE - room, 0.0)
+    relief_EE: NDArray[np.float64] = over_E[:, None] + over_E[None, :] - over_EE - over_EE.T
+    # Loads are whole tokens, the room is not: a millionth of a token is rounding.
+    relief_EE[(device_E[:, None] == device_E[None, :]) | (np.abs(relief_EE) < 1e-6)] = 0.0
+    return relief_EE
 
 
 def _swap_gains(weight: NDArray[np.float64], device_E: NDArray[np.int64], devices: int) -> NDArray[np.float64]:

@@ -7,6 +7,8 @@ may be another rank's memory, and then finishes the exchange. Messages for the o
 Shape letters:  P ranks of the group   S messages sent   R messages received   B bytes of one message
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -91,16 +93,23 @@ class Alone:
 
 
 class Collective:
-    """`all_to_all_single` of torch.distributed: gloo on CPU, NCCL on GPUs. Reads the counts on the host."""
+    """`all_to_all_single` of torch.distributed: gloo on CPU, NCCL on GPUs. Reads the counts on the host.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    Args:
+        group: the ranks.
+        down: the same ranks over connections of their own, for rows to lower ranks; a connection of gloo carries one
+            direction at a time. None: all rows go over `group`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, down: dist.ProcessGroup | None = None) -> None:
+        self.group, self.down = group, down
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def exchange_counts(self, counts_PN: Tensor, where: str) -> Tensor:
         """A few int32 to and from every rank."""
         received_PN = torch.empty_like(counts_PN)
-        self.all_to_all(received_PN, counts_PN.contiguous(), None, None, where)
+        with self._watched(where):
+            dist.all_to_all_single(received_PN, counts_PN.contiguous(), group=self.group)
         return received_PN
 
     def begin(
@@ -109,12 +118,31 @@ class Collective:
         """A buffer for what is sent, and one for what comes, the own messages in it already."""
         return _CollectiveExchange(self, send_rows, recv_rows, num_bytes, device, where)
 
-    def all_to_all(
-        self, out: Tensor, given: Tensor, recv: list[int] | None, send: list[int] | None, where: str
-    ) -> None:
-        """The collective, its failure a Fault."""
+    def all_to_all(self, out_RB: Tensor, given_SB: Tensor, recv: list[int], send: list[int], where: str) -> None:
+        """Rows from and to every other rank; the own counts are 0."""
+        r, rest = self.rank, [0] * (self.size - self.rank)
+        given, taken = sum(send[:r]), sum(recv[:r])
+        with self._watched(where):
+            if self.down is None:
+                dist.all_to_all_single(out_RB, given_SB, recv, send, group=self.group)
+                return
+            below, above = [*send[:r], *rest], [0] * r + send[r:]
+            ways = (
+                (out_RB[taken:], given_SB[:given], [0] * r + recv[r:], below, self.down),
+                (out_RB[:taken], given_SB[given:], [*recv[:r], *rest], above, self.group),
+            )
+            begun = [
+                dist.all_to_all_single(out, rows, come, go, group=group, async_op=True)
+                for out, rows, come, go, group in ways
+            ]
+            for work in begun:
+                work.wait()
+
+    @contextmanager
+    def _watched(self, where: str) -> Iterator[None]:
+        """A collective's failure is a Fault."""
         try:
-            dist.all_to_all_single(out, given, recv, send, group=self.group)
+            yield
         except RuntimeError as error:
             raise lost_peer(error, self.group, "ep", where) from error
 

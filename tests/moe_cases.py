@@ -72,7 +72,8 @@ def links_between(name: str, rank: int, world_size: int, per_node: int = 2) -> t
     ledger.tier_of_rank = ["self" if r == rank else TIER[r // per_node == rank // per_node] for r in range(world_size)]
     insides = [dist.new_group([n * per_node + i for i in range(per_node)]) for n in range(num_nodes)]
     acrosses = [dist.new_group([n * per_node + i for n in range(num_nodes)]) for i in range(per_node)]
-    across: Transport = Collective(acrosses[rank % per_node])
+    downs = [dist.new_group([n * per_node + i for n in range(num_nodes)]) for i in range(per_node)]
+    across: Transport = Collective(acrosses[rank % per_node], downs[rank % per_node])
     inside: Transport = SharedMemory(insides[rank // per_node], 60.0)
     return tuple(
         Link(transport, ledger, 0, ["self" if r == transport.rank else tier for r in range(transport.size)])

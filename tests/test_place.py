@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ep_engine import place as place_module
-from ep_engine.collaboration import intra_device_fraction
+from ep_engine.collaboration import Profile, describe_placement, device_load, intra_device_fraction
 from ep_engine.errors import UserError
 from ep_engine.place import EXHAUSTIVE, check_fits, num_partitions, place
 from ep_engine.placement import Placement
@@ -99,6 +99,7 @@ def test_placement_by_hand() -> None:
             "layers": [{"intra_device_fraction": 3 / 19, "load_max_over_mean": pytest.approx(20 / 19)}],
         },
         "exact": True,
+        "over_cap": [],
     }
 
 
@@ -231,3 +232,51 @@ def test_published_profiles_of_constrained_models(name: str, devices: int) -> No
     reference = json.loads((DATA / "placement_reference.json").read_text())[f"{name}/D{devices}"]
     _, found = place(profile_of(counts), devices)
     assert [found_fraction(found, i) for i in range(32)] == pytest.approx(reference["best"], abs=1e-12)
+
+
+@pytest.mark.parametrize(("num_experts", "devices"), [(8, 2), (24, 4)])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_device_exceeds_a_load_cap_that_can_be_held(seed: int, num_experts: int, devices: int) -> None:
+    """The busy experts work with one another: without a cap they lie together, with one they are spread."""
+    random = np.random.default_rng(seed)
+    load = np.where(np.arange(num_experts) < devices, 90, 10) + random.integers(0, 5, num_experts)
+    counts = np.triu(random.integers(0, 3, (num_experts, num_experts)), 1)
+    counts[:devices, :devices] = np.triu(np.full((devices, devices), 50), 1)
+    profile = Profile((counts + counts.T)[None], load[None].astype(np.int64), top_k=2, about={})
+    free, found = place(profile, devices, seed=seed)
+    assert found["over_cap"] == []
+    assert describe_placement(profile, free)[0]["load_max_over_mean"] > 1.5
+    _, capped = place(profile, devices, load_cap=1.1, seed=seed)
+    assert capped["over_cap"] == []
+    assert capped["placed"]["load_max_over_mean"] <= 1.1
+    assert capped["placed"]["intra_device_fraction"] < found["placed"]["intra_device_fraction"]
+
+
+def test_a_capped_search_finds_the_best_of_all_orders_within_the_cap() -> None:
+    random = np.random.default_rng(0)
+    counts = np.triu(random.integers(0, 20, (6, 6)), 1)
+    load = np.array([60, 50, 20, 10, 30, 10])
+    profile = Profile((counts + counts.T)[None], load[None].astype(np.int64), top_k=2, about={})
+    placement, _ = place(profile, 2, load_cap=1.15)
+    within = [
+        devices
+        for devices in set(permutations([0, 0, 0, 1, 1, 1]))
+        if device_load(load, list(devices), 2).max() <= 1.15
+    ]
+    assert 2 < len(within) < 20
+    best = max(intra_device_fraction(profile.counts[0], list(devices)) for devices in within)
+    assert intra_device_fraction(profile.counts[0], placement.device_of_expert(0)) == best
+
+
+@pytest.mark.parametrize(("num_experts", "devices"), [(4, 2), (64, 32)])
+def test_a_cap_that_cannot_be_held_is_said_and_exceeded_least(num_experts: int, devices: int) -> None:
+    """One expert gets more than a device may."""
+    load = np.full(num_experts, 10)
+    load[1] = 1000
+    load[2] = 5  # the one that should lie beside it
+    counts = np.ones((num_experts, num_experts), dtype=np.int64) - np.eye(num_experts, dtype=np.int64)
+    profile = Profile(counts[None], load[None].astype(np.int64), top_k=2, about={})
+    placement, found = place(profile, devices, load_cap=1.1)
+    assert found["over_cap"] == [0]
+    device_of = placement.device_of_expert(0)
+    assert device_of[1] == device_of[2]

@@ -19,6 +19,9 @@ from tests.distributed import run_ranks
 
 TRANSPORTS = {
     "collective": lambda group, timeout_s: Collective(group),
+    "collective, both ways": lambda group, timeout_s: Collective(
+        group, dist.new_group(timeout=timedelta(seconds=timeout_s))
+    ),
     "shared_memory": SharedMemory,
 }
 
@@ -58,12 +61,16 @@ def _check_order(rank: int, world_size: int, name: str) -> None:
         assert received.tolist() == expected
 
 
-def test_a_dead_peer_is_a_fault_that_names_rank_layer_and_direction() -> None:
-    run_ranks(_lose_a_peer)
+COLLECTIVES = ["collective", "collective, both ways"]
 
 
-def _lose_a_peer(rank: int, world_size: int) -> None:
-    link = Link(Collective(dist.group.WORLD), Ledger(["self", "node"]), 7)
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_a_dead_peer_is_a_fault_that_names_rank_layer_and_direction(name: str) -> None:
+    run_ranks(_lose_a_peer, name)
+
+
+def _lose_a_peer(rank: int, world_size: int, name: str) -> None:
+    link = Link(TRANSPORTS[name](dist.group.WORLD, 60.0), Ledger(["self", "node"]), 7)
     device = torch.device("cpu")
     link.begin([1, 1], [1, 1], 16, device, "dispatch").finish()
     if rank == 1:
@@ -72,13 +79,14 @@ def _lose_a_peer(rank: int, world_size: int) -> None:
         link.begin([1, 1], [1, 1], 16, device, "combine").finish()
 
 
-def test_a_silent_peer_is_a_fault_within_the_time_out() -> None:
-    run_ranks(_wait_for_a_silent_peer, timeout_s=60)
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_a_silent_peer_is_a_fault_within_the_time_out(name: str) -> None:
+    run_ranks(_wait_for_a_silent_peer, name, timeout_s=60)
 
 
-def _wait_for_a_silent_peer(rank: int, world_size: int) -> None:
+def _wait_for_a_silent_peer(rank: int, world_size: int, name: str) -> None:
     group = dist.new_group(timeout=timedelta(seconds=2))
-    link = Link(Collective(group), Ledger(["self", "node"]), 3)
+    link = Link(TRANSPORTS[name](group, 2.0), Ledger(["self", "node"]), 3)
     if rank == 0:
         started = time.monotonic()
         with pytest.raises(Fault, match=r"dispatch of layer 3 did not finish .*a peer died or hangs"):
