@@ -173,7 +173,7 @@ def predict(
 def _ratios(result: dict[str, Any]) -> dict[str, float]:
     """Above 1 where grouped routing, or going over nodes, takes less."""
     amounts = {kind: {name: one["median_ms"] for name, one in result[kind].items()} for kind in ("step", "exchange")}
-    ratios = {}
+    ratios: dict[str, float] = {}
     for kind, of in {**amounts, "bytes": result["bytes"]}.items():
         pairs = {f"grouped_vs_{other}": (other, "grouped 1") for other in ("plain", "dedup", "placed", "group_limited")}
         if "grouped 1" not in of:

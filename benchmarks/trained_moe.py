@@ -63,16 +63,18 @@ def run_config(folder: Path, name: str, rows: int, **sections: dict[str, Any]) -
     return make_config(raw, f"the benchmark's run {name}")
 
 
-def train_moe(folder: Path, shape: MoEShape, steps: int, profile_tokens: int = 65_536) -> tuple[Path, Profile]:
-    """Tokenise this Python's standard library, train on two ranks here, profile; the checkpoint and its profile.
-
-    `folder` holds text/, trained/ and profile.npz afterwards.
-    """
+def make_new(folder: Path, shape: MoEShape) -> None:
+    """Text of this Python's standard library in folder/text, and a model with random weights in folder/new."""
     make_text(folder, Sizes(vocab_size=VOCABULARY), Progress())
     model = shape.config()
     weights = {name: torch.empty(size) for name, size in expected_entries(model).items()}
     initialise({name: Shard(weight, weight, 0) for name, weight in weights.items()}, model, seed=0)
     write_model(folder / "new", model, weights)
+
+
+def train_moe(folder: Path, shape: MoEShape, steps: int, profile_tokens: int = 65_536) -> tuple[Path, Profile]:
+    """Train a new model on two ranks here, and profile it; the checkpoint and its profile, in profile.npz too."""
+    make_new(folder, shape)
     config = run_config(
         folder,
         "trained",

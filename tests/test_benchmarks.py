@@ -14,6 +14,8 @@ import torch
 
 from benchmarks.all_to_all import rows_to_send
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
+from benchmarks.nodes import CALIBRATION, KINDS, Links
+from benchmarks.scaling import GPU, MODEL, active_weights, on_gpus
 from benchmarks.timing import time_in_turn
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +127,29 @@ def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
                 "dispatch",
             ):  # the others show the op and how much faster it is
                 assert any(f"| {spread} |" in text for spread in spreads)
+
+
+def test_rows_between_nodes_take_as_long_as_the_fullest_rank() -> None:
+    """A message of few bytes takes 1 ms, and 1000 bytes take 1 ms more."""
+    times_ms = {"link few": [1.0], **{f"link {kind}": [CALIBRATION / 1000 + 1] for kind in KINDS}}
+    links = Links(times_ms, nodes=2)
+    assert links.megabits() == dict.fromkeys(KINDS, pytest.approx(8.0))
+    # Rank 0 dispatches 3000 bytes and 1000 come to it; half as many go back.
+    layer = [[3000, 1000], [500, 1500]]
+    assert links.rows_ms(layer + layer) == pytest.approx(1 + 2 * ((1 + 3) + (1 + 1.5)))
+    one_way = [[0, 2000], [2000, 0]]
+    assert links.rows_ms(one_way + one_way) == pytest.approx(1 + 4 * (1 + 2))
+
+
+def test_the_modelled_step_is_the_sum_that_the_benchmark_says(tmp_path: Path) -> None:
+    attention, shared, chosen = 4 * 2048**2, 3 * 2048 * 2816, 6 * 3 * 2048 * 1408
+    by_hand = 28 * (attention + shared + chosen + 64 * 2048 + 2 * 2048) + 2048 + 102_400 * 2048
+    assert active_weights(MODEL) == by_hand
+    found = on_gpus(tmp_path, 8)
+    assert found["compute_ms"] == pytest.approx(6 * by_hand * GPU["tokens"] / (0.4 * 989e12) * 1e3)
+    assert found["network_gb"] == 0  # one node
+    # 28 layers, there and back twice, of 16384 tokens to the 7 others: 1 - C(56, 6) / C(64, 6) of them
+    rows = 28 * 4 * GPU["tokens"] * 7 * (1 - 0.43302)
+    assert found["nvlink_gb"] == pytest.approx(rows * 2048 * 2 / 1e9, rel=0.03)  # and the words behind a row
+    total = sum(found[part] for part in ("compute_ms", "rows_ms", "dense_ms"))
+    assert found["tokens_per_s"] == pytest.approx(GPU["tokens"] / total * 1e3)

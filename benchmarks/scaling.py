@@ -1,0 +1,218 @@
+"""What does each kind of parallelism cost on 1 to 8 ranks here, and what does a plan expect of 8 to 4096 GPUs?
+
+    python -m benchmarks.scaling [--ranks 1 2 4 8] [--gpus 8 64 512 4096] [--rounds 5] [--json OUT]
+
+Measured: a step of one batch of 8 rows of 512 tokens, whatever the number of ranks, by one process with two threads and
+by ranks that share its two cores: nothing can become faster here, so what is told is the *overhead*, the time of a step
+over that of one process that does the same work (for pp: with as many parts of the batch). Memory is the largest
+resident set of a rank. Bytes left a rank in a step: those of experts from the ledger, the others as `plan` counts them.
+
+Modelled, and measured nowhere: a step of a model of 16 billion parameters on GPUs (see MODEL), 8 on a node, EP over at
+most 64 of them, data-parallel beyond, as the sum of three times in which nothing overlaps:
+
+    compute   6 x active weights x tokens of a GPU / (efficiency x peak)
+    rows      bytes of experts' rows that leave a GPU over NVLink and over the network, each by its bandwidth
+    dense     the same of gathered weights and summed gradients
+"""
+
+import argparse
+import resource
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ranks import Together, all_times, on_ranks, summary
+from benchmarks.timing import write_results
+from benchmarks.trained_moe import MoEShape, make_new, run_config
+from ep_engine.config import RunConfig, make_config
+from ep_engine.entries import expected_entries
+from ep_engine.mesh import World, process_groups
+from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.plan_run import plan_run
+from ep_engine.resolve import resolve
+from ep_engine.trainer import Trainer
+
+SHAPE = MoEShape(hidden=256, layers=8)
+ROWS = 8
+SIZE_KEYS = {
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "ep": "expert_parallel_size",
+    "dp": "data_parallel_size",
+}
+GPU = {
+    "peak_tflops": 989.0,  # dense bfloat16 of an H100 SXM by its data sheet
+    "efficiency": 0.4,
+    "nvlink_gb_per_s": 450.0,  # one direction
+    "network_gb_per_s": 50.0,  # of a GPU: 400 Gbit/s
+    "tokens": 4 * 4096,  # of a GPU in a step
+}
+MODEL = ModelConfig(
+    vocab_size=102_400,
+    hidden_size=2048,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=16,
+    head_dim=128,
+    intermediate_size=1408 * 8,
+    max_position_embeddings=4096,
+    moe=MoEConfig(num_experts=64, top_k=6, expert_hidden_size=1408, gate="linear", shared_hidden_size=2 * 1408),
+)
+
+
+def measure(rank: int, config: RunConfig, rounds: int) -> dict[str, Any]:
+    """Times of a step, memory and bytes of the rank that has most."""
+    world = World(rank=rank, size=dist.get_world_size(), local_rank=rank, local_size=dist.get_world_size())
+    parallel = config.parallel
+    groups = process_groups(
+        world,
+        torch.device("cpu"),
+        parallel.expert_parallel_size,
+        300.0,
+        tp_size=parallel.tensor_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
+    )
+    with groups as meshes:
+        trainer = Trainer(resolve(config, world.size), meshes, torch.device("cpu"))
+        threads = 2 if world.size == 1 else 1
+        times = all_times({"step": Together(trainer.one_step, threads=threads)}, rounds=rounds, warm_up=2)["step"]
+        trainer.ledger.reset()
+        trainer.one_step()
+        rows = sum(n for (_, _, tier), n in trainer.ledger.sent.items() if tier != "self")
+        most = torch.tensor([rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return {**summary(times), "rows_bytes": most[0].item(), "peak_bytes": most[1].item()}
+
+
+def run_of(folder: Path, kind: str, ranks: int, parts: int) -> RunConfig:
+    """One batch over ranks of one kind."""
+    parallel = {} if ranks == 1 else {SIZE_KEYS[kind]: ranks}
+    return run_config(
+        folder,
+        "scaling",
+        rows=ROWS,
+        model={"checkpoint": str(folder / "new")},
+        train={"steps": 1000, "learning_rate": 1e-4, "min_learning_rate": 1e-4, "micro_batches": parts},
+        parallel=parallel,
+        moe={"transport": "auto"},
+    )
+
+
+def here(folder: Path, ranks: list[int], rounds: int) -> dict[str, Any]:
+    """Every kind on every number of ranks."""
+    found: dict[str, Any] = {}
+    for kind in SIZE_KEYS:
+        parts = ROWS if kind == "pp" else 1
+        base = found.get("one process") if kind != "pp" else None
+        for size in sorted({1, *ranks}):
+            if size == 1 and base is not None:
+                continue
+            config = run_of(folder, kind, size, parts)
+            one = on_ranks(measure, config, rounds, world_size=size)
+            dense = plan_run(config, size)["traffic"]["dense_of_ranks"]
+            one["dense_bytes"] = max(sum(sum(tiers.values()) for tiers in of.values()) for of in dense)
+            if size == 1:
+                base = one
+            assert base is not None, "1 is the first"
+            one["overhead"] = one["median_ms"] / base["median_ms"]
+            one["tokens_per_second"] = ROWS * config.data.sequence_length / one["median_ms"] * 1e3
+            name = f"{kind}{size}" if size > 1 else "one process" + (f", {parts} parts" if parts > 1 else "")
+            found[name] = one
+    return found
+
+
+def on_gpus(folder: Path, gpus: int) -> dict[str, float]:
+    """The modelled step, and the plan's memory."""
+    (folder / "model.json").write_text(MODEL.model_dump_json())
+    sequence = MODEL.max_position_embeddings
+    data = {"train": "text", "sequence_length": sequence, "batch_size": int(GPU["tokens"]) // sequence * gpus}
+    raw: dict[str, Any] = {
+        "model": {"checkpoint": str(folder)},
+        "data": data,
+        "train": {"steps": 1, "dtype": "bfloat16", "recompute": "selective"},
+        "parallel": {"expert_parallel_size": min(gpus, 64), "device": "cuda"},
+        "output": {"folder": str(folder / "run")},
+    }
+    plan = plan_run(make_config(raw, "the benchmark's plan"), gpus, ranks_per_node=8)
+    most = {"node": 0.0, "network": 0.0}
+    dense = dict(most)
+    for tier in most:
+        most[tier] = max(sum(of[d][tier] for d in of) for of in plan["traffic"]["experts_of_ranks"])
+        dense[tier] = max(sum(of[kind][tier] for kind in of) for of in plan["traffic"]["dense_of_ranks"])
+
+    def milliseconds(by_tier: dict[str, float]) -> float:
+        return by_tier["node"] / GPU["nvlink_gb_per_s"] / 1e6 + by_tier["network"] / GPU["network_gb_per_s"] / 1e6
+
+    flops = 6 * active_weights(MODEL) * GPU["tokens"]
+    compute_ms = flops / (GPU["efficiency"] * GPU["peak_tflops"]) / 1e9
+    rows_ms, dense_ms = milliseconds(most), milliseconds(dense)
+    return {
+        "ep": min(gpus, 64),
+        "memory_gb": max(one["total"] for one in plan["memory"]["ranks"]) / 1e9,
+        "nvlink_gb": most["node"] / 1e9,
+        "network_gb": most["network"] / 1e9,
+        "dense_gb": sum(dense.values()) / 1e9,
+        "compute_ms": compute_ms,
+        "rows_ms": rows_ms,
+        "dense_ms": dense_ms,
+        "tokens_per_s": GPU["tokens"] / (compute_ms + rows_ms + dense_ms) * 1e3,
+    }
+
+
+def active_weights(model: ModelConfig) -> int:
+    """Weights that a token meets: all but those of the experts that it does not go to, and of the embedding."""
+    assert model.moe is not None, "MODEL has experts"
+    sizes = {name: torch.Size(shape).numel() for name, shape in expected_entries(model).items()}
+    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    idle = experts * (model.moe.num_experts - model.moe.top_k) // model.moe.num_experts
+    return sum(sizes.values()) - idle - sizes["embed.weight"]
+
+
+def show(measured: dict[str, Any], modelled: dict[str, Any]) -> None:
+    """Both tables."""
+    table = Table("", "ms", "least", "largest", "overhead", "tokens/s", "peak MB", "rows MB", "dense MB", title="Here")
+    for name, one in measured.items():
+        times = (f"{one[key]:.0f}" for key in ("median_ms", "min_ms", "max_ms"))
+        megabytes = (f"{one[key] / 1e6:.1f}" for key in ("peak_bytes", "rows_bytes", "dense_bytes"))
+        table.add_row(name, *times, f"{one['overhead']:.2f}", f"{one['tokens_per_second']:.0f}", *megabytes)
+    console = Console(stderr=True)
+    console.print(table)
+    if modelled:
+        columns = list(next(iter(modelled.values())))
+        table = Table("GPUs", *(name.replace("_", " ") for name in columns), title="Modelled, not measured: of one GPU")
+        for gpus, one in modelled.items():
+            table.add_row(gpus, *(f"{one[name]:.4g}" for name in columns))
+        console.print(table)
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--gpus", type=int, nargs="*", default=[8, 64, 512, 4096])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measured = {}
+        if args.ranks:
+            make_new(folder, SHAPE)
+            measured = here(folder, args.ranks, args.rounds)
+        modelled = {str(gpus): on_gpus(folder, gpus) for gpus in args.gpus}
+    show(measured, modelled)
+    setting = {
+        "rounds": args.rounds,
+        "measured": {"shape": vars(SHAPE), "rows": ROWS, "threads": "one process: 2; ranks: 1 each, on 2 cores"},
+        "modelled": {"gpu": GPU, "model": MODEL.model_dump(mode="json"), "active_weights": active_weights(MODEL)},
+    }
+    write_results(args.json, __doc__.splitlines()[0], setting, {"measured": measured, "modelled": modelled})
+
+
+if __name__ == "__main__":
+    main()
