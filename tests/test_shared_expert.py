@@ -8,48 +8,41 @@ import torch
 from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from benchmarks.qwen2_moe import engine_views, model_config
 from checkpoint_tools.source import open_source
 from ep_engine.checkpoint import write_model
 from ep_engine.config import RunConfig
 from ep_engine.entries import expected_entries
 from ep_engine.model import Decoder
-from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.model_config import MoEConfig
 from ep_engine.parallelize import entries_of
 from tests.distributed import run_ranks
 from tests.run_cases import losses, small_run, train_here, write_text
 from tests.small_models import run_tool
 
-CONFIG = ModelConfig(
-    vocab_size=64, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=48,
-    max_position_embeddings=128,
-    moe=MoEConfig(
-        num_experts=8, top_k=3, expert_hidden_size=16, gate="linear", score="softmax", shared_hidden_size=24,
-        shared_gate=True,
-    ),
-)  # fmt: skip
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "norm_topk_prob": False,
+    "qkv_bias": False,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+CONFIG = model_config(Qwen2MoeConfig(**SIZES))
 
 
 def oracle() -> Qwen2MoeForCausalLM:
     """The same model in transformers, with random weights."""
     torch.manual_seed(0)
-    model = Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=24,
-            num_experts=8,
-            num_experts_per_tok=3,
-            norm_topk_prob=False,
-            qkv_bias=False,
-            initializer_range=0.2,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-        )
-    )
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -57,34 +50,9 @@ def oracle() -> Qwen2MoeForCausalLM:
     return model.float().eval()
 
 
-def engine_tensors(model: Qwen2MoeForCausalLM) -> dict[str, Tensor]:
-    """Its weights under the engine's names."""
-    state = model.state_dict()
-    names = {
-        "embed.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    tensors = {ours: state[theirs] for ours, theirs in names.items()}
-    for i in range(CONFIG.num_layers):
-        at, here = f"model.layers.{i}", f"layers.{i}"
-        tensors |= {f"{here}.attention.w_{x}.weight": state[f"{at}.self_attn.{x}_proj.weight"] for x in "qkvo"}
-        tensors[f"{here}.attention_norm.weight"] = state[f"{at}.input_layernorm.weight"]
-        tensors[f"{here}.ffn_norm.weight"] = state[f"{at}.post_attention_layernorm.weight"]
-        tensors[f"{here}.moe.router.w_in"] = state[f"{at}.mlp.gate.weight"]
-        tensors[f"{here}.moe.shared_gate.weight"] = state[f"{at}.mlp.shared_expert_gate.weight"]
-        for part in ("gate", "up", "down"):
-            tensors[f"{here}.moe.shared.w_{part}.weight"] = state[f"{at}.mlp.shared_expert.{part}_proj.weight"]
-        gate_up, down = state[f"{at}.mlp.experts.gate_up_proj"], state[f"{at}.mlp.experts.down_proj"]
-        for e in range(8):
-            tensors[f"{here}.moe.experts.{e}.w_gate"], tensors[f"{here}.moe.experts.{e}.w_up"] = gate_up[e].chunk(2)
-            tensors[f"{here}.moe.experts.{e}.w_down"] = down[e]
-    return tensors
-
-
 def test_logits_and_gradients_are_those_of_transformers() -> None:
     theirs = oracle()
-    tensors = engine_tensors(theirs)
+    tensors = engine_views(theirs)
     assert tensors.keys() == expected_entries(CONFIG).keys()
     ours = Decoder(CONFIG)
     for name, shard in entries_of([ours]).items():
@@ -125,7 +93,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token files and the model as an engine checkpoint."""
     folder = write_text(tmp_path_factory.mktemp("shared"))
-    write_model(folder / "model", CONFIG, engine_tensors(oracle()))
+    write_model(folder / "model", CONFIG, engine_views(oracle()))
     return folder
 
 
