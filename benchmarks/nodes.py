@@ -182,6 +182,28 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
     return ratios
 
 
+def compare(
+    layouts: list[tuple[int, int]], bandwidths: list[str], rounds: int, train_steps: int, results: dict[str, Any]
+) -> None:
+    """Train the model, then measure every layout over every bandwidth into `results`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint, counted = train_moe(folder, MoEShape(), train_steps)
+        for nodes, per_node in layouts:
+            arms = make_arms(folder, checkpoint, counted, nodes, per_node)
+            free = on_nodes(folder, arms, nodes, 1, FREE, rounds) if per_node == 1 else None
+            for bandwidth in bandwidths:
+                found = on_nodes(folder, arms, nodes, per_node, bandwidth, rounds)
+                result = describe(found, arms)
+                if free is not None:
+                    result["predicted"] = predict(found, free, result, arms, folder, nodes)
+                title = f"{nodes} nodes x {per_node} ranks, {bandwidth}"
+                results[title] = result
+                for kind in ("step", "exchange"):
+                    ratios = {key: value for key, value in result["ratios"].items() if key.startswith(kind)}
+                    print_table(f"{title}: {kind}", result[kind], ratios)
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -194,25 +216,12 @@ def main() -> None:
     args = parser.parse_args()
     layouts = [(nodes, 1) for nodes in args.nodes] + ([] if args.no_hierarchical else [(2, 2)])
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        checkpoint, counted = train_moe(folder, MoEShape(), args.train_steps)
-        for nodes, per_node in layouts:
-            arms = make_arms(folder, checkpoint, counted, nodes, per_node)
-            free = on_nodes(folder, arms, nodes, 1, FREE, args.rounds) if per_node == 1 else None
-            for bandwidth in args.bandwidths:
-                found = on_nodes(folder, arms, nodes, per_node, bandwidth, args.rounds)
-                result = describe(found, arms)
-                if free is not None:
-                    result["predicted"] = predict(found, free, result, arms, folder, nodes)
-                title = f"{nodes} nodes x {per_node} ranks, {bandwidth}"
-                results[title] = result
-                for kind in ("step", "exchange"):
-                    ratios = {key: value for key, value in result["ratios"].items() if key.startswith(kind)}
-                    print_table(f"{title}: {kind}", result[kind], ratios)
     setting = {"rounds": args.rounds, "train_steps": args.train_steps, "tokens per rank": ROWS_PER_RANK * SEQUENCE}
     setting |= {"model": MoEShape().config().model_dump(mode="json", include={"hidden_size", "num_layers", "moe"})}
-    write_results(args.json, __doc__.splitlines()[0], setting, results)
+    try:
+        compare(layouts, args.bandwidths, args.rounds, args.train_steps, results)
+    finally:  # the whole takes an hour: who interrupts it keeps what there is
+        write_results(args.json, __doc__.splitlines()[0], setting, results)
 
 
 if __name__ == "__main__":
