@@ -99,7 +99,12 @@ def sleeping_nodes(seconds: str) -> Iterator[Started]:
     """Two nodes whose ranks sleep, when all of them do."""
     command = [NODES, "2", "--bandwidth", "100mbit", "sleep", seconds]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes) as process:
+
+    def heed() -> None:  # under nohup SIGHUP is ignored, and a shell cannot heed what it was started deaf to
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    session = {"start_new_session": True, "preexec_fn": heed}
+    with subprocess.Popen(command, env=environment(), text=True, **session, **pipes) as process:
         try:
             yield Started(process, {os.readlink(f"/proc/{pid}/ns/net") for pid in wait_for(["sleep", seconds], 2)})
         finally:
