@@ -103,8 +103,9 @@ def sleeping_nodes(seconds: str) -> Iterator[Started]:
     def heed() -> None:  # under nohup SIGHUP is ignored, and a shell cannot heed what it was started deaf to
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-    session = {"start_new_session": True, "preexec_fn": heed}
-    with subprocess.Popen(command, env=environment(), text=True, **session, **pipes) as process:
+    with subprocess.Popen(
+        command, env=environment(), text=True, start_new_session=True, preexec_fn=heed, **pipes
+    ) as process:
         try:
             yield Started(process, {os.readlink(f"/proc/{pid}/ns/net") for pid in wait_for(["sleep", seconds], 2)})
         finally:
