@@ -24,6 +24,7 @@ from ep_engine.trainer import train
 
 SEQUENCE = 512
 VOCABULARY = 4096
+PROFILE_TOKENS = 65_536
 TRAINING_RANKS = 2
 
 
@@ -40,9 +41,7 @@ class MoEShape:
 
     def config(self) -> ModelConfig:
         """A decoder with experts in every layer."""
-        moe = MoEConfig(
-            num_experts=self.experts, top_k=self.top_k, expert_hidden_size=self.width, gate="linear", renormalise=False
-        )
+        moe = MoEConfig(num_experts=self.experts, top_k=self.top_k, expert_hidden_size=self.width, gate="linear")
         return ModelConfig(
             vocab_size=VOCABULARY,
             hidden_size=self.hidden,
@@ -72,7 +71,7 @@ def make_new(folder: Path, shape: MoEShape) -> None:
     write_model(folder / "new", model, weights)
 
 
-def train_moe(folder: Path, shape: MoEShape, steps: int, profile_tokens: int = 65_536) -> tuple[Path, Profile]:
+def train_moe(folder: Path, shape: MoEShape, steps: int) -> tuple[Path, Profile]:
     """Train a new model on two ranks here, and profile it; the checkpoint and its profile, in profile.npz too."""
     make_new(folder, shape)
     config = run_config(
@@ -89,7 +88,7 @@ def train_moe(folder: Path, shape: MoEShape, steps: int, profile_tokens: int = 6
     checkpoint = newest(folder / "trained")
     assert checkpoint is not None, "a run that ends well has written one"
     text = TokenFile(folder / "text/train", vocab_size=VOCABULARY)
-    counted = profile(checkpoint, text, max_tokens=profile_tokens, sequence_length=SEQUENCE)
+    counted = profile(checkpoint, text, max_tokens=PROFILE_TOKENS, sequence_length=SEQUENCE)
     counted.save(folder / "profile.npz")
     return checkpoint, counted
 

@@ -149,7 +149,7 @@ def place_command(
     out: Annotated[Path, typer.Option(help="placement.json to write")],
     nodes: Annotated[int, typer.Option(min=1, help="nodes that the devices are parts of")] = 1,
     load_cap: Annotated[
-        float | None, typer.Option(min=1, help="most tokens of a device relative to the mean, such as 1.1 [any]")
+        float | None, typer.Option(help="most tokens of a device relative to the mean, such as 1.1 [any]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the restarts, where there are too many partitions")] = 0,
     overwrite: Overwrite = False,

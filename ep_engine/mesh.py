@@ -188,7 +188,8 @@ def _make_meshes(
     down: dict[str, dist.ProcessGroup] = {}
 
     def make(axis: str, ranks: list[int], found: dict[str, dist.ProcessGroup]) -> None:
-        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc=axis)
+        name = f"{axis}_down" if found is down else axis
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), group_desc=name)
         if world.rank in ranks:
             found[axis] = group
 

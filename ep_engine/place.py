@@ -18,6 +18,7 @@ from ep_engine.placement import Placement
 
 EXHAUSTIVE = 20_000  # partitions tried one by one; 16 experts on 2 devices are 6,435
 _RESTARTS = 32
+_ROUNDING = 1e-6  # tokens
 
 
 def place(
@@ -45,15 +46,20 @@ def place(
         `describe_placement` for it and for experts in the order of their ids, per layer and as means.
 
     Raises:
-        UserError: more devices than experts, or nodes that do not divide the devices.
+        UserError: more devices than experts, nodes that do not divide the devices, or a cap below 1.
     """
+    if load_cap is not None and not 1 <= load_cap < math.inf:
+        raise UserError(
+            f"--load-cap ({load_cap}) must be at least 1, the mean load of a device, and finite; correct it"
+        )
     contiguous = Placement.contiguous(profile.num_experts, devices, profile.num_layers, nodes=nodes)
     sizes = [contiguous.device_of_expert(0).count(device) for device in range(devices)]
     exact = num_partitions(sizes) <= EXHAUSTIVE
     layers, over_cap = [], []
     for layer in range(profile.num_layers):
         weight, load = profile.counts[layer].astype(np.float64), profile.load[layer].astype(np.float64)
-        room = math.inf if load_cap is None else load_cap * load.sum() / devices
+        # Loads are whole tokens, the room is not: a millionth of a token is rounding.
+        room = math.inf if load_cap is None else load_cap * load.sum() / devices + _ROUNDING
         search = _exhaustive(weight, sizes, load, room) if exact else _descend(weight, sizes, load, room, seed + layer)
         device_of_expert, over = search
         over_cap += [layer] if over > 0 else []
@@ -157,11 +163,12 @@ def _descend(
         while True:
             gain_EE = _swap_gains(weight, device_E, len(sizes))
             relief_EE = _swap_relief(load, device_E, room, len(sizes))
-            if relief_EE.max() > 0:  # room comes first
+            crowded = bool(relief_EE.max() > 0)  # room comes first
+            if crowded:
                 gain_EE = relief_EE
             gain_EE[relief_EE < 0] = 0.0
             i, j = np.unravel_index(gain_EE.argmax(), gain_EE.shape)
-            if gain_EE[i, j] <= least:
+            if gain_EE[i, j] <= (0.0 if crowded else least):
                 break
             device_E[i], device_E[j] = device_E[j], device_E[i]
         value = _value(weight, device_E, load, room)
@@ -178,8 +185,7 @@ def _swap_relief(
     after_EE = load_E[:, None] - load[:, None] + load[None, :]  # on the device of i
     over_E, over_EE = np.maximum(load_E - room, 0.0), np.maximum(after_EE - room, 0.0)
     relief_EE: NDArray[np.float64] = over_E[:, None] + over_E[None, :] - over_EE - over_EE.T
-    # Loads are whole tokens, the room is not: a millionth of a token is rounding.
-    relief_EE[(device_E[:, None] == device_E[None, :]) | (np.abs(relief_EE) < 1e-6)] = 0.0
+    relief_EE[(device_E[:, None] == device_E[None, :]) | (np.abs(relief_EE) < _ROUNDING)] = 0.0
     return relief_EE
 
 

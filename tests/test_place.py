@@ -280,3 +280,9 @@ def test_a_cap_that_cannot_be_held_is_said_and_exceeded_least(num_experts: int, 
     assert found["over_cap"] == [0]
     device_of = placement.device_of_expert(0)
     assert device_of[1] == device_of[2]
+
+
+@pytest.mark.parametrize("cap", [0.9, float("nan"), float("inf")])
+def test_a_cap_that_means_nothing_is_refused(cap: float) -> None:
+    with pytest.raises(UserError, match=r"--load-cap \((0.9|nan|inf)\) must be at least 1"):
+        place(random_profile(1, 4, 0), 2, load_cap=cap)
