@@ -27,6 +27,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,9 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
 
 
 def compare(
-    layouts: list[tuple[int, int]], bandwidths: list[str], rounds: int, train_steps: int, results: dict[str, Any]
-) -> None:
-    """Train the model, then measure every layout over every bandwidth into `results`."""
+    layouts: list[tuple[int, int]], bandwidths: list[str], rounds: int, train_steps: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Train the model, then measure every layout over every bandwidth."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint, counted = train_moe(folder, MoEShape(), train_steps)
@@ -198,10 +199,10 @@ def compare(
                 if free is not None:
                     result["predicted"] = predict(found, free, result, arms, folder, nodes)
                 title = f"{nodes} nodes x {per_node} ranks, {bandwidth}"
-                results[title] = result
                 for kind in ("step", "exchange"):
                     ratios = {key: value for key, value in result["ratios"].items() if key.startswith(kind)}
                     print_table(f"{title}: {kind}", result[kind], ratios)
+                yield title, result
 
 
 def main() -> None:
@@ -218,9 +219,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     setting = {"rounds": args.rounds, "train_steps": args.train_steps, "tokens per rank": ROWS_PER_RANK * SEQUENCE}
     setting |= {"model": MoEShape().config().model_dump(mode="json", include={"hidden_size", "num_layers", "moe"})}
-    try:
-        compare(layouts, args.bandwidths, args.rounds, args.train_steps, results)
-    finally:  # the whole takes an hour: who interrupts it keeps what there is
+    for title, result in compare(layouts, args.bandwidths, args.rounds, args.train_steps):
+        results[title] = result  # written each time: the whole takes an hour, and who interrupts it keeps what there is
         write_results(args.json, __doc__.splitlines()[0], setting, results)
 
 
