@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from ep_engine.command_line import exit_with_sentence, print_json
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output")]
+Objective = Literal["pairs", "distinct-devices"]
 Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
@@ -148,36 +149,49 @@ def place_command(
     devices: Annotated[int, typer.Option(help="devices that share the experts of a layer")],
     out: Annotated[Path, typer.Option(help="placement.json to write")],
     nodes: Annotated[int, typer.Option(min=1, help="nodes that the devices are parts of")] = 1,
-    load_cap: Annotated[
-        float | None, typer.Option(help="most tokens of a device relative to the mean, such as 1.1 [any]")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the restarts, where there are too many partitions")] = 0,
+    objective: Annotated[Objective, typer.Option(help="what is made best; the two are one for top_k 2")] = "pairs",
+    trace: Annotated[Path | None, typer.Option(help="experts of every token, for distinct-devices")] = None,
+    load_cap: Annotated[str, typer.Option(help="most tokens of a device relative to the mean, or none")] = "1.1",
+    strict: Annotated[bool, typer.Option("--strict", help="refuse a cap that cannot be held")] = False,
+    replicas: Annotated[int, typer.Option(min=0, help="copies of busy experts to report the load for")] = 0,
+    time_limit: Annotated[float | None, typer.Option(min=0, help="seconds for the search [it ends by itself]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the search")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Find which experts to put on one device, from who works with whom."""
+    from rich.console import Console
+
     from ep_engine.collaboration import read_profile
     from ep_engine.output import check_output_file
-    from ep_engine.place import check_fits, place
+    from ep_engine.place import check_fits, parse_cap, place, print_placement
     from ep_engine.progress import bar
+    from ep_engine.routing_trace import read_ids
 
+    cap = parse_cap(load_cap)
     check_output_file(out, overwrite=overwrite)
     counted = read_profile(profile)
     check_fits(counted, devices, profile)
+    ids = None if trace is None else read_ids(trace, counted.num_layers, counted.num_experts, counted.top_k).numpy()
     with bar("placing layers", counted.num_layers) as advance:
-        placement, found = place(counted, devices, nodes=nodes, load_cap=load_cap, seed=seed, advance=advance)
+        placement, found = place(
+            counted,
+            devices,
+            nodes=nodes,
+            objective=objective,
+            ids_LTK=ids,
+            load_cap=cap,
+            strict=strict,
+            replicas=replicas,
+            seed=seed,
+            time_limit=time_limit,
+            advance=advance,
+        )
     placement.save(out, measured=found)
-    placed, contiguous = found["placed"], found["contiguous"]
-    over = f"; layers {found['over_cap']} exceed the cap of {load_cap}, no placement within it was found"
-    _report(
-        {"written": str(out), **found},
-        as_json,
-        f"wrote {out}: pairs inside a device {placed['intra_device_fraction']:.4f} "
-        f"(by id {contiguous['intra_device_fraction']:.4f}), load max/mean {placed['load_max_over_mean']:.3f} "
-        f"(by id {contiguous['load_max_over_mean']:.3f}), "
-        f"{'best of all partitions' if found['exact'] else 'best of several descents, not proven best'}"
-        f"{over if found['over_cap'] else ''}",
-    )
+    if as_json:
+        print_json({"written": str(out), **found})
+    else:
+        print_placement(found, out, Console())
 
 
 def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:

@@ -1,6 +1,6 @@
-"""Collaboration: who works with whom, arXiv:2504.01337. Counts, the lists made of them, and what placements cost.
+"""Collaboration: who works with whom, arXiv:2504.01337. Counts, and the lists made of them.
 
-Letters:  L MoE layers   E experts   K top_k   D devices
+Letters:  L MoE layers   E experts   K top_k
 """
 
 import zipfile
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from ep_engine.errors import UserError
 from ep_engine.output import whole_file
-from ep_engine.placement import Placement
 
 # What numpy and zipfile raise on a file that is cut short or damaged.
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -102,36 +101,3 @@ def collaboration_lists(counts_LEE: NDArray[np.int64]) -> list[list[list[int]]]:
     masked[:, range(num_experts), range(num_experts)] = -1
     lists: list[list[list[int]]] = np.argsort(-masked, axis=2, kind="stable").tolist()
     return lists
-
-
-def intra_device_fraction(counts_EE: NDArray[np.int64], device_of_expert: list[int]) -> float:
-    """Share of all co-activated pairs whose experts live on one device, in [0, 1]; 1 if there are no pairs.
-
-    For K = 2 the expected number of distinct devices of a token is 2 minus this, whatever the distribution.
-    """
-    device_E = np.array(device_of_expert)
-    pairs = counts_EE.astype(np.float64)
-    np.fill_diagonal(pairs, 0.0)
-    total = pairs.sum()
-    return float(pairs[device_E[:, None] == device_E[None, :]].sum() / total) if total > 0 else 1.0
-
-
-def device_load(load_E: NDArray[np.int64], device_of_expert: list[int], devices: int) -> NDArray[np.float64]:
-    """(D,) tokens of each device's experts, relative to their mean."""
-    load_D = np.bincount(device_of_expert, weights=load_E, minlength=devices)
-    relative: NDArray[np.float64] = load_D / max(load_D.mean(), np.finfo(np.float64).tiny)
-    return relative
-
-
-def describe_placement(profile: Profile, placement: Placement) -> list[dict[str, float]]:
-    """For each layer: intra-device fraction of pairs, and largest device load relative to the mean."""
-    described = []
-    for layer in range(profile.num_layers):
-        devices = placement.device_of_expert(layer)
-        described.append(
-            {
-                "intra_device_fraction": intra_device_fraction(profile.counts[layer], devices),
-                "load_max_over_mean": float(device_load(profile.load[layer], devices, placement.devices).max()),
-            }
-        )
-    return described

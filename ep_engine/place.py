@@ -1,24 +1,31 @@
 """Place: which expert lives on which device, so that experts that work together are together.
 
-The objective is the pair mass: the share of co-activated pairs inside a device. Where there are few enough balanced
-partitions all are tried; otherwise the best of several descents by pair swaps is taken, and the result says so.
+Shape letters:  L layers   E experts   D devices   T tokens   K top_k
 """
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
-from ep_engine.collaboration import Profile, describe_placement
+from ep_engine.collaboration import Profile
 from ep_engine.errors import UserError
+from ep_engine.locality import Counted, Figures, bound_layer, describe_layer, replicated_load
 from ep_engine.placement import Placement
+from ep_engine.solver import ANY, Effort, Found, least_room, solve
 
-EXHAUSTIVE = 20_000  # partitions tried one by one; 16 experts on 2 devices are 6,435
-_RESTARTS = 32
-_ROUNDING = 1e-6  # tokens
+Objective = Literal["pairs", "distinct-devices"]
+LOAD_CAP = 1.1
+NODE_WEIGHT = 8  # links between servers of 8 GPUs carry about an eighth of those inside: 50 beside 450 GB/s
+_ROUNDING = 1e-6  # tokens; loads are whole, what a cap allows is not
 
 
 def place(
@@ -26,47 +33,80 @@ def place(
     devices: int,
     *,
     nodes: int = 1,
-    load_cap: float | None = None,
+    objective: Objective = "pairs",
+    ids_LTK: NDArray[np.int16] | None = None,
+    load_cap: float | None = LOAD_CAP,
+    strict: bool = False,
+    replicas: int = 0,
     seed: int = 0,
+    time_limit: float | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Placement, dict[str, Any]]:
-    """Find a placement with as many co-activated pairs inside devices as possible, the same number of experts on each.
+    """Find a placement under which tokens find their experts on few devices; layers side by side on all cores.
 
     Args:
         profile: co-activation counts.
         devices: D, in 1..E; where it does not divide E some devices hold one expert less.
-        nodes: of which the devices are parts; the tree of the placement begins with them.
+        nodes: of which the devices are parts; the tree of the placement begins with them. Being on one node counts
+            NODE_WEIGHT times as much as being on one of its devices.
+        objective: what is made best: `pairs`, the share of co-activated pairs inside devices, or `distinct-devices`,
+            the devices that hold a token's experts, which is what travels; the two are one for K = 2.
+        ids_LTK: experts of tokens, for `distinct-devices`; its figures are reported for either.
         load_cap: most tokens that the experts of a device may get, relative to the mean device, at least 1; None: any
-            number. Where no placement within it is found, one is taken that exceeds it least.
-        seed: of the restarts; the exhaustive search has none.
+            number. Where no placement is within it, the smallest cap takes its place for which one was found.
+        strict: refuse instead.
+        replicas: copies of busy experts to report the load for; the placement has none.
+        seed: of the search.
+        time_limit: seconds; a search that is cut off by it is not repeatable, and the report says so.
         advance: called with the number of layers done.
 
     Returns:
-        The placement, and what was found: `exact`; `over_cap`, the layers that exceed the cap; the two figures of
-        `describe_placement` for it and for experts in the order of their ids, per layer and as means.
+        The placement and what was found, for each of `layers` and as means over them: the figures of `describe_layer`
+        for it (`placed`) and for experts in the order of their ids (`contiguous`), their `bound`, whether the search
+        was `exact`, the `gap` to the bound, 0 if it was, and which layers were `cut_short` or hold `other_caps`.
 
     Raises:
-        UserError: more devices than experts, nodes that do not divide the devices, or a cap below 1.
+        UserError: more devices than experts, nodes that do not divide the devices, a cap below 1, a missing trace, or
+            with `strict` a cap that no placement was found for.
     """
-    if load_cap is not None and not 1 <= load_cap < math.inf:
+    _check_cap(load_cap)
+    if objective == "distinct-devices" and ids_LTK is None:
         raise UserError(
-            f"--load-cap ({load_cap}) must be at least 1, the mean load of a device, and finite; correct it"
+            "--objective distinct-devices needs the experts of every token, a profile has pairs only; give --trace"
         )
     contiguous = Placement.contiguous(profile.num_experts, devices, profile.num_layers, nodes=nodes)
-    sizes = [contiguous.device_of_expert(0).count(device) for device in range(devices)]
-    exact = num_partitions(sizes) <= EXHAUSTIVE
-    layers, over_cap = [], []
-    for layer in range(profile.num_layers):
-        weight, load = profile.counts[layer].astype(np.float64), profile.load[layer].astype(np.float64)
-        # Loads are whole tokens, the room is not: a millionth of a token is rounding.
-        room = math.inf if load_cap is None else load_cap * load.sum() / devices + _ROUNDING
-        search = _exhaustive(weight, sizes, load, room) if exact else _descend(weight, sizes, load, room, seed + layer)
-        device_of_expert, over = search
-        over_cap += [layer] if over > 0 else []
-        layers.append(_slots(device_of_expert, devices, contiguous.slots_per_device))
-        advance(layer + 1)
-    placement = contiguous.model_copy(update={"layers": layers})
-    return placement, _compare(profile, placement, contiguous) | {"exact": exact, "over_cap": over_cap}
+    by_id = contiguous.device_of_expert(0)
+    threads = min(os.cpu_count() or 1, profile.num_layers)
+    seconds = math.inf if time_limit is None else time_limit * threads / profile.num_layers
+
+    def one(layer: int) -> tuple[list[int], dict[str, Any]]:
+        ids_TK = None if ids_LTK is None else ids_LTK[layer]
+        of = Counted(profile.counts[layer], profile.load[layer], profile.top_k, ids_TK)
+        found, cap = _search(
+            of, devices, nodes, objective, load_cap, Effort.for_experts(profile.num_experts, seed + layer, seconds)
+        )
+        figures: dict[str, Any] = {
+            "placed": describe_layer(of, found.device_of_expert, devices, nodes),
+            "contiguous": describe_layer(of, by_id, devices, nodes),
+            "bound": bound_layer(of, devices, nodes),
+            "exact": found.proven,
+            "cut_short": found.cut_short,
+            "load_cap": cap,
+        }
+        figures["gap"] = 0.0 if found.proven else _gap(figures["placed"], figures["bound"], objective)
+        if replicas:
+            figures["load_with_replicas"] = replicated_load(of.load_E, found.device_of_expert, devices, replicas)
+        return _slots(found.device_of_expert, contiguous), figures
+
+    layers, figures_of_layer = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for slots, figures in pool.map(one, range(profile.num_layers)):
+            layers.append(slots)
+            figures_of_layer.append(figures)
+            advance(len(layers))
+    if strict:
+        _refuse_other_caps(figures_of_layer, load_cap)
+    return contiguous.model_copy(update={"layers": layers}), _over_layers(figures_of_layer, objective, load_cap)
 
 
 def check_fits(profile: Profile, devices: int, path: Path) -> None:
@@ -77,124 +117,98 @@ def check_fits(profile: Profile, devices: int, path: Path) -> None:
         )
 
 
-def num_partitions(sizes: list[int]) -> int:
-    """Ways to spread experts over devices of these sizes, devices of one size being alike."""
-    ways = math.factorial(sum(sizes))
-    for size in sizes:
-        ways //= math.factorial(size)
-    for size in set(sizes):
-        ways //= math.factorial(sizes.count(size))
-    return ways
+def parse_cap(text: str) -> float | None:
+    """--load-cap as a number, None for `none`."""
+    if text == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--load-cap ({text}) must be a number or none; correct it") from None
 
 
-def _compare(profile: Profile, placement: Placement, contiguous: Placement) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, one in (("placed", placement), ("contiguous", contiguous)):
-        layers = describe_placement(profile, one)
-        means = {key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}
-        found[name] = {**means, "layers": layers}
-    return found
+def print_placement(found: dict[str, Any], path: Path, console: Console) -> None:
+    """The figures of `place` as a table, means over layers, and what to know about them."""
+    names = [name for name in found["placed"] if name != "load_max_over_mean"] + ["load_max_over_mean"]
+    table = Table("", "placed", "by id", "bound", title=str(path))
+    for name in names:
+        table.add_row(name.replace("_", " "), *(f"{found[of][name]:.4f}" for of in ("placed", "contiguous", "bound")))
+    console.print(table)
+    exact = sum(layer["exact"] for layer in found["layers"])
+    console.print(f"proven best in {exact} of {len(found['layers'])} layers, mean gap to the bound {found['gap']:.4f}")
+    if found["other_caps"]:
+        caps = ", ".join(f"{number}: {cap:.4f}" for number, cap in found["other_caps"].items())
+        console.print(
+            f"a cap of {found['load_cap']} cannot be held in {len(found['other_caps'])} layers, which have the "
+            f"smallest that was found instead ({caps})"
+        )
+    if found["cut_short"]:
+        console.print(f"the time limit cut the search of layers {found['cut_short']} short")
+    if "load_with_replicas" in found:
+        console.print(f"load max over mean with the replicas: {found['load_with_replicas']:.4f}")
 
 
-def _slots(device_of_expert: list[int], devices: int, per_device: int) -> list[int]:
+def _check_cap(load_cap: float | None) -> None:
+    if load_cap is not None and not 1 <= load_cap < math.inf:
+        raise UserError(
+            f"--load-cap ({load_cap}) must be at least 1, the mean load of a device, and finite; correct it"
+        )
+
+
+def _search(
+    of: Counted, devices: int, nodes: int, objective: Objective, load_cap: float | None, effort: Effort
+) -> tuple[Found, float | None]:
+    """The placement of a layer, and the cap that it holds."""
+    mean = int(of.load_E.sum()) / devices
+
+    def within(room: int) -> Found:
+        given = {"pairs_EE": of.counts_EE} if objective == "pairs" else {"ids_TK": of.ids_TK}
+        return solve(of.load_E, devices, nodes=nodes, node_weight=NODE_WEIGHT, room=room, effort=effort, **given)
+
+    if load_cap is None:
+        return within(ANY), None
+    found = within(math.floor(load_cap * mean + _ROUNDING))
+    if found.excess == 0:
+        return found, load_cap
+    room, _ = least_room(of.load_E, devices, replace(effort, seconds=math.inf))
+    return within(room), room / mean
+
+
+def _gap(found: Figures, bound: Figures, objective: Objective) -> float:
+    """How far the objective is from its bound: share of pairs, or devices of a token; that of nodes counts more."""
+    name = "intra_{}_fraction" if objective == "pairs" else "distinct_{}s"
+    weights = {"device": 1, **({"node": NODE_WEIGHT} if name.format("node") in found else {})}
+    away = sum(weight * abs(found[name.format(of)] - bound[name.format(of)]) for of, weight in weights.items())
+    return away / sum(weights.values())
+
+
+def _slots(device_of_expert: list[int], like: Placement) -> list[int]:
     slots = []
-    for device in range(devices):
+    for device in range(like.devices):
         held = [expert for expert, d in enumerate(device_of_expert) if d == device]
-        slots += held + [-1] * (per_device - len(held))
+        slots += held + [-1] * (like.slots_per_device - len(held))
     return slots
 
 
-def _exhaustive(
-    weight: NDArray[np.float64], sizes: list[int], load: NDArray[np.float64], room: float
-) -> tuple[list[int], float]:
-    """The best of all partitions, of equal ones the first in the order of devices; and what exceeds `room`."""
-    best, best_value = [0] * len(weight), (-math.inf, -1.0)
-    for device_of_expert in _partitions(len(weight), sizes):
-        value = _value(weight, np.array(device_of_expert), load, room)
-        if value > best_value:
-            best, best_value = list(device_of_expert), value
-    return best, -best_value[0]
+def _refuse_other_caps(layers: list[dict[str, Any]], load_cap: float | None) -> None:
+    for number, layer in enumerate(layers):
+        if layer["load_cap"] != load_cap:
+            raise UserError(
+                f"--load-cap ({load_cap}) cannot be held in layer {number}, the smallest found is "
+                f"{layer['load_cap']:.4f}; raise it, or leave out --strict"
+            )
 
 
-def _value(
-    weight: NDArray[np.float64], device_E: NDArray[np.int64], load: NDArray[np.float64], room: float
-) -> tuple[float, float]:
-    """What placements are compared by: tokens beyond the room of a device, negative, and pair mass."""
-    excess = np.maximum(np.bincount(device_E, weights=load) - room, 0.0).sum()
-    mass = weight[device_E[:, None] == device_E[None, :]].sum()
-    return -float(excess), float(mass)
-
-
-def _partitions(num_experts: int, sizes: list[int]) -> Iterator[list[int]]:
-    """Every assignment to devices; of devices alike, the one with the lower index takes the lower expert first."""
-    chosen: list[int] = []
-    room = list(sizes)
-
-    def extend() -> Iterator[list[int]]:
-        if len(chosen) == num_experts:
-            yield chosen
-            return
-        seen: set[int] = set()
-        for device, left in enumerate(room):
-            untouched = left == sizes[device]
-            if left == 0 or (untouched and sizes[device] in seen):
-                continue
-            if untouched:
-                seen.add(sizes[device])
-            room[device] -= 1
-            chosen.append(device)
-            yield from extend()
-            chosen.pop()
-            room[device] += 1
-
-    return extend()
-
-
-def _descend(
-    weight: NDArray[np.float64], sizes: list[int], load: NDArray[np.float64], room: float, seed: int
-) -> tuple[list[int], float]:
-    """The best of several descents: from a random start, swap the pair of experts that gains most until none does."""
-    random = np.random.default_rng(seed)
-    start = np.repeat(np.arange(len(sizes)), sizes)
-    least = 1e-9 * max(weight.max(), 1.0)
-    best, best_value = start, (-math.inf, -1.0)
-    for restart in range(_RESTARTS):
-        device_E = start.copy() if restart == 0 else random.permutation(start)
-        while True:
-            gain_EE = _swap_gains(weight, device_E, len(sizes))
-            relief_EE = _swap_relief(load, device_E, room, len(sizes))
-            crowded = bool(relief_EE.max() > 0)  # room comes first
-            if crowded:
-                gain_EE = relief_EE
-            gain_EE[relief_EE < 0] = 0.0
-            i, j = np.unravel_index(gain_EE.argmax(), gain_EE.shape)
-            if gain_EE[i, j] <= (0.0 if crowded else least):
-                break
-            device_E[i], device_E[j] = device_E[j], device_E[i]
-        value = _value(weight, device_E, load, room)
-        if value > best_value:
-            best, best_value = device_E, value
-    return [int(device) for device in best], -best_value[0]
-
-
-def _swap_relief(
-    load: NDArray[np.float64], device_E: NDArray[np.int64], room: float, devices: int
-) -> NDArray[np.float64]:
-    """(E, E) by how much less the devices' loads exceed their room when experts i and j are swapped."""
-    load_E = np.bincount(device_E, weights=load, minlength=devices)[device_E]
-    after_EE = load_E[:, None] - load[:, None] + load[None, :]  # on the device of i
-    over_E, over_EE = np.maximum(load_E - room, 0.0), np.maximum(after_EE - room, 0.0)
-    relief_EE: NDArray[np.float64] = over_E[:, None] + over_E[None, :] - over_EE - over_EE.T
-    relief_EE[(device_E[:, None] == device_E[None, :]) | (np.abs(relief_EE) < _ROUNDING)] = 0.0
-    return relief_EE
-
-
-def _swap_gains(weight: NDArray[np.float64], device_E: NDArray[np.int64], devices: int) -> NDArray[np.float64]:
-    """(E, E) pair mass won by swapping experts i and j: each gives up its ties at home for those at the other's."""
-    member_ED = (device_E[:, None] == np.arange(devices)[None, :]).astype(np.float64)
-    tie_ED = weight @ member_ED
-    home_E = tie_ED[np.arange(len(weight)), device_E]
-    there_EE = tie_ED[:, device_E]
-    gain_EE: NDArray[np.float64] = there_EE + there_EE.T - home_E[:, None] - home_E[None, :] - 2 * weight
-    gain_EE[device_E[:, None] == device_E[None, :]] = 0.0
-    return gain_EE
+def _over_layers(layers: list[dict[str, Any]], objective: Objective, load_cap: float | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"objective": objective, "load_cap": load_cap}
+    for name in ("placed", "contiguous", "bound"):
+        found[name] = {key: float(np.mean([layer[name][key] for layer in layers])) for key in layers[0][name]}
+    if "load_with_replicas" in layers[0]:
+        found["load_with_replicas"] = float(np.mean([layer["load_with_replicas"] for layer in layers]))
+    return found | {
+        "exact": all(layer["exact"] for layer in layers),
+        "gap": float(np.mean([layer["gap"] for layer in layers])),
+        "other_caps": {n: layer["load_cap"] for n, layer in enumerate(layers) if layer["load_cap"] != load_cap},
+        "cut_short": [n for n, layer in enumerate(layers) if layer["cut_short"]],
+        "layers": layers,
+    }

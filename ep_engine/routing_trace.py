@@ -36,16 +36,18 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
     Raises:
         UserError: the file is neither, or not of this model, or has fewer tokens than a step.
     """
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            ids = file.get("ids")
-    except UNREADABLE as error:
-        raise UserError(f"trace {path} cannot be read ({error}); give an .npz with `ids` (L, T, K)") from None
-    if ids is not None:
-        return _checked(torch.from_numpy(np.ascontiguousarray(ids)), path, model, num_tokens), f"trace {path}"
-    profile = read_profile(path)
     moe = model.moe
     assert moe is not None, "the caller has asked"
+    ids_LTK = _array(path)
+    if ids_LTK is not None:
+        ids_LTK = _checked(ids_LTK, path, model.num_layers, moe.num_experts, moe.top_k)
+        if ids_LTK.shape[1] < num_tokens:
+            raise UserError(
+                f"trace {path} has {ids_LTK.shape[1]} tokens, a step of the run has {num_tokens} (data.batch_size "
+                "times data.sequence_length); trace more, or plan a smaller batch"
+            )
+        return ids_LTK[:, :num_tokens], f"trace {path}"
+    profile = read_profile(path)
     if (profile.num_layers, profile.num_experts) != (model.num_layers, moe.num_experts):
         raise UserError(
             f"profile {path} has {profile.num_layers} layers of {profile.num_experts} experts, the model "
@@ -73,25 +75,39 @@ def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor
     return ids_LTK if count == num_tokens else ids_LTK.repeat(1, -(-num_tokens // count), 1)[:, :num_tokens]
 
 
-def _checked(ids_LTK: Tensor, path: Path, model: ModelConfig, num_tokens: int) -> Tensor:
-    moe = model.moe
-    assert moe is not None, "the caller has asked"
+def read_ids(path: Path, num_layers: int, num_experts: int, top_k: int) -> Tensor:
+    """All experts of a trace, (L, T, K) int16.
+
+    Raises:
+        UserError: it is unreadable, has no `ids`, or is not of such a model.
+    """
+    ids = _array(path)
+    if ids is None:
+        raise UserError(f"trace {path} has no array `ids` (L, T, K); make one with `ep-engine profile --trace`")
+    return _checked(ids, path, num_layers, num_experts, top_k)
+
+
+def _array(path: Path) -> Tensor | None:
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            ids = file.get("ids")
+    except UNREADABLE as error:
+        raise UserError(f"trace {path} cannot be read ({error}); give an .npz with `ids` (L, T, K)") from None
+    return None if ids is None else torch.from_numpy(np.ascontiguousarray(ids))
+
+
+def _checked(ids_LTK: Tensor, path: Path, num_layers: int, num_experts: int, top_k: int) -> Tensor:
     whole = not (ids_LTK.is_floating_point() or ids_LTK.is_complex() or ids_LTK.dtype == torch.bool)
-    if not whole or ids_LTK.ndim != 3 or (len(ids_LTK), ids_LTK.shape[2]) != (model.num_layers, moe.top_k):
+    if not whole or ids_LTK.ndim != 3 or (len(ids_LTK), ids_LTK.shape[2]) != (num_layers, top_k):
         raise UserError(
-            f"trace {path} must have integers `ids` of ({model.num_layers} layers, tokens, {moe.top_k} experts), got "
+            f"trace {path} must have integers `ids` of ({num_layers} layers, tokens, {top_k} experts), got "
             f"{tuple(ids_LTK.shape)} of {ids_LTK.dtype}; trace this model"
         )
-    if ids_LTK.shape[1] < num_tokens:
-        raise UserError(
-            f"trace {path} has {ids_LTK.shape[1]} tokens, a step of the run has {num_tokens} (data.batch_size times "
-            "data.sequence_length); trace more, or plan a smaller batch"
-        )
-    ids_LTK = ids_LTK[:, :num_tokens].long()
-    outside = (ids_LTK < 0) | (ids_LTK >= moe.num_experts)
+    ids_LTK = ids_LTK.long()
+    outside = (ids_LTK < 0) | (ids_LTK >= num_experts)
     if outside.any():
         raise UserError(
-            f"trace {path} names expert {int(ids_LTK[outside][0])}, the model has {moe.num_experts}; trace this model"
+            f"trace {path} names expert {int(ids_LTK[outside][0])}, the model has {num_experts}; trace this model"
         )
     if (ids_LTK.sort(dim=2).values.diff(dim=2) == 0).any():
         raise UserError(f"trace {path} names an expert twice for one token; write its experts once each")

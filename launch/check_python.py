@@ -6,7 +6,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-BUILD_TOOLS = ["setuptools"]
+BUILD_TOOLS = ["setuptools", "pybind11"]
 TEST_TOOLS = ["pytest", "hypothesis"]
 
 

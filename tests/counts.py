@@ -1,9 +1,11 @@
 """Co-activation counts that tests make, and where the published ones are."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ep_engine.collaboration import Profile
@@ -30,3 +32,16 @@ def random_profile(num_layers: int, num_experts: int, seed: int, largest: int = 
     """Every pair of experts served fewer than `largest` tokens together."""
     size = num_layers * num_experts * (num_experts - 1) // 2
     return profile_of(symmetric(num_layers, num_experts, np.random.default_rng(seed).integers(0, largest, size)))
+
+
+# Tokens that two of four experts served together: 0-1 five, 0-2 one, 0-3 three, 1-2 three, 1-3 three, 2-3 none.
+COUNTS = np.array([[0, 5, 1, 3], [5, 0, 3, 3], [1, 3, 0, 0], [3, 3, 0, 0]])
+LOAD = COUNTS.sum(axis=1)  # every token has two experts
+
+
+@st.composite
+def many_counts(draw: Any) -> NDArray[np.int64]:
+    """Small counts, so that ties are common."""
+    num_layers, num_experts = draw(st.integers(1, 3)), draw(st.integers(2, 9))
+    size = num_layers * num_experts * (num_experts - 1) // 2
+    return symmetric(num_layers, num_experts, draw(st.lists(st.integers(0, 4), min_size=size, max_size=size)))

@@ -13,27 +13,11 @@ from numpy.typing import NDArray
 from ep_engine.collaboration import (
     Profile,
     collaboration_lists,
-    describe_placement,
-    device_load,
-    intra_device_fraction,
     read_profile,
 )
 from ep_engine.errors import UserError
 from ep_engine.model_config import check_lists
-from ep_engine.placement import Placement
-from tests.counts import DATA, published, symmetric
-
-# Tokens that two of four experts served together: 0-1 five, 0-2 one, 0-3 three, 1-2 three, 1-3 three, 2-3 none.
-COUNTS = np.array([[0, 5, 1, 3], [5, 0, 3, 3], [1, 3, 0, 0], [3, 3, 0, 0]])
-LOAD = COUNTS.sum(axis=1)  # every token has two experts
-
-
-@st.composite
-def many_counts(draw: Any) -> NDArray[np.int64]:
-    """Small counts, so that ties are common."""
-    num_layers, num_experts = draw(st.integers(1, 3)), draw(st.integers(2, 9))
-    size = num_layers * num_experts * (num_experts - 1) // 2
-    return symmetric(num_layers, num_experts, draw(st.lists(st.integers(0, 4), min_size=size, max_size=size)))
+from tests.counts import COUNTS, DATA, LOAD, many_counts, published
 
 
 def test_lists_by_hand() -> None:
@@ -56,48 +40,6 @@ def test_lists_fall_in_count_then_rise_in_id_whatever_the_diagonal(counts: NDArr
             others = [(-int(counts[layer, i, j]), j) for j in row[:-1]]
             assert others == sorted(others)
     assert (given_counts == before).all()
-
-
-@pytest.mark.parametrize(
-    ("devices", "fraction"),
-    [([0, 0, 1, 1], 5 / 15), ([0, 1, 0, 1], 4 / 15), ([0, 1, 1, 0], 6 / 15), ([0] * 4, 1.0), ([0, 1, 2, 3], 0.0)],
-)
-def test_intra_device_fraction_by_hand(devices: list[int], fraction: float) -> None:
-    assert intra_device_fraction(COUNTS, devices) == pytest.approx(fraction, rel=1e-15)
-    assert intra_device_fraction(COUNTS + 100 * np.eye(4, dtype=np.int64), devices) == pytest.approx(
-        fraction, rel=1e-15
-    )
-
-
-def test_without_pairs_everything_is_inside() -> None:
-    assert intra_device_fraction(np.zeros((3, 3), dtype=np.int64), [0, 1, 2]) == 1.0
-
-
-@given(counts=many_counts(), data=st.data())
-def test_a_token_of_two_experts_visits_two_devices_less_the_fraction(
-    counts: NDArray[np.int64], data: st.DataObject
-) -> None:
-    layer = counts[0]
-    devices = data.draw(st.lists(st.integers(0, 3), min_size=len(layer), max_size=len(layer)))
-    tokens = [(i, j) for i in range(len(layer)) for j in range(i) for _ in range(layer[i, j])]
-    if tokens:
-        visited = sum(len({devices[i], devices[j]}) for i, j in tokens) / len(tokens)
-        assert visited == pytest.approx(2 - intra_device_fraction(layer, devices))
-
-
-def test_device_load_by_hand() -> None:
-    assert LOAD.tolist() == [9, 11, 4, 6]
-    assert device_load(LOAD, [0, 0, 1, 1], 2).tolist() == pytest.approx([20 / 15, 10 / 15])
-    assert device_load(LOAD, [0, 0, 2, 2], 4).tolist() == pytest.approx([8 / 3, 0.0, 4 / 3, 0.0])  # two hold none
-    assert device_load(np.zeros(4, dtype=np.int64), [0, 0, 1, 1], 2).tolist() == [0.0, 0.0]
-
-
-def test_placement_is_described_layer_by_layer() -> None:
-    profile = Profile(np.stack([COUNTS, np.zeros_like(COUNTS)]), np.stack([LOAD, LOAD]), 2, {})
-    assert describe_placement(profile, Placement.contiguous(4, 2, 2)) == [
-        {"intra_device_fraction": pytest.approx(1 / 3), "load_max_over_mean": pytest.approx(4 / 3)},
-        {"intra_device_fraction": 1.0, "load_max_over_mean": pytest.approx(4 / 3)},
-    ]
 
 
 def test_saved_profile_comes_back(tmp_path: Path) -> None:
@@ -244,12 +186,3 @@ def test_published_counts_give_the_lists_that_the_specification_names() -> None:
     assert (lists == shipped).all(axis=2).sum() == 194
     assert (np.sort(lists, axis=2) == np.arange(8)).all()
     assert (lists[:, :, -1] == np.arange(8)).all()
-
-
-@published
-def test_published_placements_cost_what_the_specification_says() -> None:
-    counts = np.load(DATA / "llama_moe_collaboration.npz")["base"]
-    for devices, mean in ((2, 0.4155), (4, 0.1299)):
-        by_id = Placement.contiguous(8, devices, 32)
-        fractions = [intra_device_fraction(counts[i], by_id.device_of_expert(i)) for i in range(32)]
-        assert np.mean(fractions) == pytest.approx(mean, abs=5e-5)  # four digits are printed
