@@ -88,7 +88,7 @@ def train_moe(folder: Path, shape: MoEShape, steps: int) -> tuple[Path, Profile]
     checkpoint = newest(folder / "trained")
     assert checkpoint is not None, "a run that ends well has written one"
     text = TokenFile(folder / "text/train", vocab_size=VOCABULARY)
-    counted = profile(checkpoint, text, max_tokens=PROFILE_TOKENS, sequence_length=SEQUENCE)
+    counted = profile(checkpoint, text, max_tokens=PROFILE_TOKENS, sequence_length=SEQUENCE).profile
     counted.save(folder / "profile.npz")
     return checkpoint, counted
 

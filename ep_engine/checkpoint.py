@@ -8,6 +8,7 @@
 What an entry is, and which part of it a rank holds, is in entries.py.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -163,6 +164,13 @@ def tokenizer_folder(source: Path | None) -> Path | None:
         if any((folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")):
             return folder
     return None
+
+
+def hash_of_model(folder: Path) -> str:
+    """sha256 over the checksums of all weights of a checkpoint."""
+    sums = read_manifest(folder)["checksums"]
+    weights = sorted(f"{name} {value}" for name, value in sums.items() if "/" not in name)
+    return hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
 
 def newest(run_folder: Path) -> Path | None:

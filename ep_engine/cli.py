@@ -101,46 +101,69 @@ def plan_command(
 
 @app.command("profile")
 def profile_command(
-    model: Annotated[Path, typer.Argument(help="engine checkpoint of a MoE model")],
-    tokens: Annotated[Path, typer.Option(help="token file, named without suffix")],
+    model: Annotated[Path, typer.Argument(help="engine checkpoint of a MoE model, or published counts (.pkl)")],
     out: Annotated[Path, typer.Option(help="profile.npz to write")],
+    corpus: Annotated[list[Path] | None, typer.Option(help="text or .jsonl files, or folders of them")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="token file, named without suffix, instead")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens to run")] = 100_000,
     sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a window")] = 128,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
-    trace: Annotated[Path | None, typer.Option(help="also write the experts of every token, for `plan`")] = None,
+    trace: Annotated[Path | None, typer.Option(help="also write the experts of every token")] = None,
+    picture: Annotated[Path | None, typer.Option(help="also draw them, as .png, .svg or .pdf")] = None,
+    top_k: Annotated[int | None, typer.Option(help="experts per token, for published counts")] = None,
+    timeout_s: Annotated[float, typer.Option(min=1, help="after which a silent rank is given up")] = 300.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Count on text which experts serve tokens together."""
-    from torch import Tensor
-
-    from ep_engine.model_config import read_model_config
+    """Count on text which experts serve tokens together; under torchrun on as many ranks as it starts."""
+    from ep_engine.collaboration_report import describe_collaboration, picture_kind, save_picture
+    from ep_engine.mesh import World
     from ep_engine.output import check_output_file
-    from ep_engine.profile import profile
+    from ep_engine.profile import Profiled, profile, token_file
     from ep_engine.progress import bar
+    from ep_engine.published import read_published_counts
     from ep_engine.routing_trace import save_trace
-    from ep_engine.tokens import TokenFile
 
-    for path in (out, trace):
+    world = World.from_environment()
+    for path in (out, trace, picture):
         if path is not None:
             check_output_file(path, overwrite=overwrite)
-    seen: dict[int, list[Tensor]] = {}
-    keep = (lambda layer, ids_TK: seen.setdefault(layer, []).append(ids_TK)) if trace else (lambda layer, ids_TK: None)
-    with bar("profiling", max_tokens) as advance:
-        found = profile(
-            model,
-            TokenFile(tokens, vocab_size=read_model_config(model / "model.json").vocab_size),
-            max_tokens=max_tokens,
-            sequence_length=sequence_length,
-            seed=seed,
-            advance=advance,
-            see=keep,
-        )
-    found.save(out)
-    if trace is not None:
-        save_trace(trace, [seen[layer] for layer in sorted(seen)])
-    report = {"written": str(out), "layers": found.num_layers, "experts": found.num_experts, **found.about}
-    _report(report, as_json, f"wrote {out}: {found.num_layers} layers, {found.about['tokens']} tokens")
+    if picture is not None:
+        picture_kind(picture)
+    if model.suffix == ".pkl":
+        found = Profiled(read_published_counts(model, top_k), halves=[], ids_LTK=None)
+    else:
+        text_of = token_file(model, corpus, tokens, max_tokens + 1, seed)
+        with text_of as text, bar("profiling", max_tokens, show=world.rank == 0) as advance:
+            found = profile(
+                model,
+                text,
+                max_tokens=max_tokens,
+                sequence_length=sequence_length,
+                seed=seed,
+                keep_ids=trace is not None,
+                world=world,
+                timeout_s=timeout_s,
+                advance=advance,
+            )
+    if world.rank > 0:
+        return
+    counted = found.profile
+    counted.save(out)
+    if trace is not None and found.ids_LTK is not None:
+        save_trace(trace, found.ids_LTK)
+    described = describe_collaboration(counted)
+    if picture is not None:
+        save_picture(picture, counted, found.halves)
+    agree = found.halves[-1][1] if found.halves else None
+    _report(
+        {"written": str(out), "layers": counted.num_layers, "experts": counted.num_experts, **counted.about}
+        | {"collaboration": described, "halves": found.halves},
+        as_json,
+        f"wrote {out}: {counted.num_layers} layers, {counted.about['tokens']} tokens, collaboration "
+        f"{described['collaboration']:.3f}, load max/mean {described['load_max_over_mean']:.3f}"
+        + (f", its halves agree to {agree:.3f} (profile more tokens if that is not near 1)" if agree else ""),
+    )
 
 
 @app.command("place")

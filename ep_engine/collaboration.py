@@ -79,16 +79,36 @@ def read_profile(path: Path) -> Profile:
             raise UserError(
                 f"profile {path} must hold integers in {name}, got {array.dtype} {array.shape}; make it again"
             )
-    if counts.ndim != 3 or counts.shape[1] != counts.shape[2] or load.shape != counts.shape[:2] or not counts.size:
+    if counts.ndim != 3 or load.shape != counts.shape[:2]:
         raise UserError(
             f"profile {path} has counts {counts.shape} and load {load.shape}, expected (L, E, E) and (L, E); make it "
             "again"
         )
+    about = {name: array.tolist() for name, array in arrays.items()}
+    return Profile(checked_counts(counts, int(top_k), path), load.astype(np.int64), int(top_k), about)
+
+
+def checked_counts(counts: NDArray[Any], top_k: int, path: Path) -> NDArray[np.int64]:
+    """Co-activation counts (L, E, E) with 0 on the diagonal, where published files hold 0 or -1.
+
+    Raises:
+        UserError: they are no integers of that shape, not symmetric, negative, or a layer has none.
+    """
+    square = counts.ndim == 3 and counts.shape[1] == counts.shape[2] and counts.size > 0
+    if not np.issubdtype(counts.dtype, np.integer) or not square:
+        raise UserError(
+            f"counts in {path} must be integers (L, E, E), got {counts.dtype} {counts.shape}; make them again"
+        )
     counts = counts.astype(np.int64)
-    counts[:, range(counts.shape[1]), range(counts.shape[1])] = 0  # published files hold 0 or -1 there
+    counts[:, range(counts.shape[1]), range(counts.shape[1])] = 0
     if (counts < 0).any() or (counts != counts.transpose(0, 2, 1)).any():
-        raise UserError(f"counts in profile {path} must be symmetric and not negative; make it again")
-    return Profile(counts, load.astype(np.int64), int(top_k), {name: array.tolist() for name, array in arrays.items()})
+        raise UserError(f"counts in {path} must be symmetric and not negative; make them again")
+    empty = np.flatnonzero(counts.sum(axis=(1, 2)) == 0)
+    if top_k > 1 and len(empty):
+        raise UserError(
+            f"counts in {path} have no pair in layer {empty[0]}, though tokens have {top_k} experts; make them again"
+        )
+    return counts
 
 
 def collaboration_lists(counts_LEE: NDArray[np.int64]) -> list[list[list[int]]]:

@@ -177,6 +177,8 @@ class RoutingSection(_Section):
     """T, in k-1..E-1"""
     profile: Path | None = None
     """profile.npz of `ep-engine profile`, from which the collaboration lists are made"""
+    lists: Path | None = None
+    """published lists instead: a config.json with collaborative_list (and top_t), or a pickle of them"""
     max_devices: int = Field(1, ge=1)
     """M of c2r_grouped, devices of moe.placement"""
 

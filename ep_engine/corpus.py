@@ -12,6 +12,7 @@ import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ NUM_BYTE_TOKENS = 256  # the alphabet of a byte-level BPE
 
 # Tests and their data say little about code; idlelib is not installed everywhere; the rest is not the library.
 _LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_FILES_PER_BATCH = 64  # enough to keep the encoder's threads busy, few enough to hold in memory
+_DOCUMENTS_PER_BATCH = 64  # enough to keep the encoder's threads busy, few enough to hold in memory
 
 Advance = Callable[[int], None]
 
@@ -136,11 +137,40 @@ class Encoded:
     skipped: tuple[Path, ...]  # files that are not text in the coding they declare
 
 
-def encode_files(files: Sequence[Path], tokenizer_folder: Path, prefix: Path, advance: Advance = _ignore) -> Encoded:
+def text_files(paths: Sequence[Path]) -> list[Path]:
+    """The given files, and those below the given folders, hidden ones left out, in the order of their names.
+
+    Raises:
+        UserError: a path does not exist, or there is no file.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            below = (file for file in path.rglob("*") if file.is_file())
+            visible = (f for f in below if not any(part.startswith(".") for part in f.relative_to(path).parts))
+            files += sorted(visible)
+        else:
+            raise UserError(f"corpus {path} does not exist; give text files, .jsonl files or folders of them")
+    if not files:
+        raise UserError(f"corpus {', '.join(map(str, paths))} holds 0 files; give text files, .jsonl files or folders")
+    return files
+
+
+def encode_files(
+    files: Sequence[Path],
+    tokenizer_folder: Path,
+    prefix: Path,
+    advance: Advance = _ignore,
+    *,
+    max_tokens: int | None = None,
+) -> Encoded:
     """Tokenise each file into one document closed by end-of-text, and write them as `prefix`.bin and `prefix`.idx.
 
-    The order of documents is the order of files. The characters of the end-of-text token inside a file are encoded as
-    ordinary text: a file cannot end its own document. Batches of files are encoded on all cores.
+    The order of documents is the order of files. Of a `.jsonl` file every line is a document, its `text` or `content`.
+    The characters of the end-of-text token inside a file are encoded as ordinary text: a file cannot end its own
+    document. Batches of documents are encoded on all cores; files are not read on when there are `max_tokens`.
 
     Raises:
         UserError: `tokenizer_folder` is no fast Hugging Face tokenizer with an end-of-text token, or no file is text.
@@ -149,24 +179,48 @@ def encode_files(files: Sequence[Path], tokenizer_folder: Path, prefix: Path, ad
     skipped: list[Path] = []
     num_tokens, num_documents = write_token_file(
         prefix,
-        _encoded(files, bpe, end_of_text, skipped, advance),
+        _encoded(_documents(files, skipped, advance), bpe, end_of_text, max_tokens),
         vocab_size=max(bpe.get_vocab().values()) + 1,
     )
     return Encoded(num_tokens=num_tokens, num_documents=num_documents, skipped=tuple(skipped))
 
 
+def _documents(files: Sequence[Path], skipped: list[Path], advance: Advance) -> Iterator[str]:
+    """The texts of all files; those that are none are appended to `skipped`."""
+    for number, path in enumerate(files, start=1):
+        if path.suffix == ".jsonl":
+            yield from _lines(path)
+        else:
+            text = read_source(path)
+            if text is None:
+                skipped.append(path)
+            else:
+                yield text
+        advance(number)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                yield str(record["text"] if "text" in record else record["content"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"line {number} of {path} must be a JSON object with text or content, got {line[:40]!r}; correct it"
+                ) from None
+
+
 def _encoded(
-    files: Sequence[Path], bpe: Tokenizer, end_of_text: int, skipped: list[Path], advance: Advance
+    documents: Iterable[str], bpe: Tokenizer, end_of_text: int, max_tokens: int | None
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield the ids of each readable file; append the others to `skipped`."""
-    for start in range(0, len(files), _FILES_PER_BATCH):
-        batch = files[start : start + _FILES_PER_BATCH]
-        texts = [read_source(path) for path in batch]
-        skipped += [path for path, text in zip(batch, texts, strict=True) if text is None]
-        readable = [text for text in texts if text is not None]
-        for encoding in bpe.encode_batch_fast(readable, add_special_tokens=False):
+    num_tokens, left = 0, iter(documents)
+    while batch := list(islice(left, _DOCUMENTS_PER_BATCH)):
+        for encoding in bpe.encode_batch_fast(batch, add_special_tokens=False):
             yield np.array([*encoding.ids, end_of_text], dtype=np.int64)
-        advance(start + len(batch))
+            num_tokens += len(encoding.ids) + 1
+        if max_tokens is not None and num_tokens >= max_tokens:
+            return
 
 
 def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:

@@ -1,26 +1,54 @@
-"""Profile: count on real text which experts serve tokens together."""
+"""Profile: count on real text which experts serve tokens together, on one rank or on several that share the text.
+
+Shape letters:  L MoE layers   E experts   T tokens   K top_k   S positions of a window
+"""
 
 import hashlib
-from collections.abc import Callable
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ep_engine import checkpoint, ops
-from ep_engine.checkpoint import read_manifest
 from ep_engine.collaboration import Profile
+from ep_engine.collaboration_report import agreement
+from ep_engine.corpus import encode_files, text_files
 from ep_engine.errors import UserError
 from ep_engine.load_balance import RouterStatistics
-from ep_engine.model import Decoder
-from ep_engine.model_config import read_model_config
-from ep_engine.parallelize import entries_of
+from ep_engine.mesh import Meshes, World, process_groups
+from ep_engine.model_config import ModelConfig, read_model_config
+from ep_engine.parallelize import build, entries_of
+from ep_engine.placement import Placement
 from ep_engine.tokens import Batches, TokenFile
 
-_ROWS = 16  # windows per forward pass
+_ROWS = 16  # windows of a rank in one forward pass
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Profiled:
+    """What a profile's run found.
+
+    Attributes:
+        profile: the counts.
+        halves: how well two halves of the text agree, as it grew: tokens of a half, and the mean over layers of the
+            correlation of their pairs. NaN where a layer has nothing to compare.
+        ids_LTK: int16, experts of all tokens on rank 0, if they were to be kept.
+    """
+
+    profile: Profile
+    halves: list[tuple[int, float]]
+    ids_LTK: NDArray[np.int16] | None
+
+
 def profile(
     folder: Path,
     tokens: TokenFile,
@@ -28,81 +56,176 @@ def profile(
     max_tokens: int,
     sequence_length: int,
     seed: int = 0,
+    keep_ids: bool = False,
+    world: World | None = None,
+    timeout_s: float = 300.0,
     advance: Callable[[int], None] = lambda _: None,
-    see: Callable[[int, Tensor], None] = lambda layer, ids_TK: None,
-) -> Profile:
-    """Count co-activation over a random sample of windows of a token file, without gradients, in one CPU process.
+) -> Profiled:
+    """Count co-activation over a random sample of windows of a token file, without gradients, in float32.
+
+    Ranks share the windows and the experts; what they count is added up, and does not depend on how many there are but
+    for whole windows. Windows are full, so that no token is padding.
 
     Args:
         folder: engine checkpoint of a MoE model.
         tokens: the text.
-        max_tokens: how many tokens, rounded down to whole windows; at least one window.
+        max_tokens: how many tokens, rounded down to as many whole windows for every rank; at least one each.
         sequence_length: S, tokens of a window.
         seed: of the sample.
+        keep_ids: keep the experts of every token.
+        world: this process and its fellows, who all call this; None: it is alone.
+        timeout_s: a rank that hears nothing from another for so long fails.
         advance: called with the number of tokens done.
-        see: called with a layer and the experts of the next tokens in it.
 
     Raises:
         UserError: the model is dense, or the text is shorter than asked for.
     """
+    world = world or World()
     config = read_model_config(folder / "model.json")
+    num_windows = max_tokens // sequence_length // world.size * world.size
+    batches = Batches(tokens, sequence_length=sequence_length, batch_size=1, seed=seed)
+    _check(folder, config, batches, tokens, max_tokens, sequence_length, num_windows, world)
+    assert config.moe is not None, "just checked"
+    device = world.pick_device("auto")
+    ep_size = max(n for n in range(1, config.moe.num_experts + 1) if world.size % n == 0)
+    about = {
+        "tokens": num_windows * sequence_length,
+        "seed": seed,
+        "model_hash": checkpoint.hash_of_model(folder),
+        "corpus_hash": _hash_of_file(tokens.bin_path),
+    }
+    settings = about | {"sequence_length": sequence_length}
+    with process_groups(world, device, ep_size, timeout_s, settings=settings) as meshes:
+        placement = Placement.contiguous(config.moe.num_experts, ep_size, config.num_layers)
+        (model,), _ = build(
+            config, placement, meshes, device=device, dtype=torch.float32, tokens=_ROWS * sequence_length
+        )
+        checkpoint.load(folder, entries_of([model], etp=meshes.experts["etp"]), group=meshes.world)
+        counter = _Counter(config, sequence_length, device, keep_ids)
+        model.eval().watch = counter
+        per_pass, passes = _ROWS * world.size, 0
+        with torch.no_grad():
+            for start in range(0, num_windows, per_pass):
+                count = min(per_pass, num_windows - start) // world.size
+                first = start + world.rank * count
+                counter.first_window = first
+                model(torch.cat([batches.batch(window)[0] for window in range(first, first + count)]).to(device))
+                passes += 1
+                done = (start + count * world.size) * sequence_length
+                if passes & (passes - 1) == 0 or done == num_windows * sequence_length:
+                    counter.compare_halves(done // 2, meshes)
+                advance(done)
+        counted = Profile.of_pairs(counter.total(meshes).sum(axis=0), config.moe.top_k, about)
+        return Profiled(counted, counter.halves, counter.all_ids(meshes) if keep_ids else None)
+
+
+@contextmanager
+def token_file(
+    folder: Path, corpus: Sequence[Path] | None, tokens: Path | None, needed: int, seed: int
+) -> Iterator[TokenFile]:
+    """The tokens of a token file; or of text, with the tokenizer of a model's folder, while the block runs.
+
+    Text files are taken in a random order until there are `needed` tokens. Every rank does so for itself: they may not
+    share a disk.
+
+    Raises:
+        UserError: neither or both are given, a file is missing, the folder has no tokenizer, or nothing is text.
+    """
+    if (corpus is None) == (tokens is None):
+        raise UserError(f"give either --corpus ({corpus}) or --tokens ({tokens}), the text to profile on")
+    vocab_size = read_model_config(folder / "model.json").vocab_size
+    if tokens is not None:
+        yield TokenFile(tokens, vocab_size=vocab_size)
+        return
+    assert corpus is not None, "just checked"
+    files = text_files(corpus)
+    random.Random(seed).shuffle(files)
+    tokenizer = checkpoint.tokenizer_folder(folder)
+    if tokenizer is None:
+        raise UserError(f"{folder} has no tokenizer for --corpus; give a token file with --tokens")
+    with tempfile.TemporaryDirectory() as beside:
+        encode_files(files, tokenizer, Path(beside) / "corpus", max_tokens=needed)
+        yield TokenFile(Path(beside) / "corpus", vocab_size=vocab_size)
+
+
+class _Counter:
+    """What the routers of this rank chose; windows with even and with odd numbers are counted apart."""
+
+    def __init__(self, config: ModelConfig, sequence_length: int, device: torch.device, keep_ids: bool) -> None:
+        assert config.moe is not None, "the caller has asked"
+        experts = config.moe.num_experts
+        self.pairs_2LEE = torch.zeros(2, config.num_layers, experts, experts, dtype=torch.int64, device=device)
+        self.halves: list[tuple[int, float]] = []
+        self.first_window = 0
+        self._sequence_length, self._keep = sequence_length, keep_ids
+        self._ids: dict[int, list[Tensor]] = {layer: [] for layer in range(config.num_layers)}
+
+    def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
+        """See `model.Watch`."""
+        for layer, router in routers.items():
+            rows = router.ids_TK.unflatten(0, (-1, self._sequence_length))
+            for parity in range(2):
+                own = rows[(parity - self.first_window) % 2 :: 2].flatten(0, 1).contiguous()
+                ops.count_pairs(own, self.pairs_2LEE[parity, layer])
+            if self._keep:
+                self._ids[layer].append(router.ids_TK.to("cpu", torch.int16))
+        return x
+
+    def total(self, meshes: Meshes) -> NDArray[np.int64]:
+        """(2, L, E, E) of all ranks."""
+        pairs_2LEE = self.pairs_2LEE.clone()
+        dist.all_reduce(pairs_2LEE, group=meshes.world)
+        found: NDArray[np.int64] = pairs_2LEE.cpu().numpy()
+        return found
+
+    def compare_halves(self, tokens: int, meshes: Meshes) -> None:
+        """Note how well the windows with even and with odd numbers agree, all ranks together."""
+        even, odd = self.total(meshes)
+        found = [one for one in agreement(even, odd) if not math.isnan(one)]
+        if found:
+            self.halves.append((tokens, float(np.mean(found))))
+
+    def all_ids(self, meshes: Meshes) -> NDArray[np.int16] | None:
+        """(L, T, K) on rank 0: in the order of the passes, and in each in that of the ranks."""
+        of_passes = [torch.stack(of_pass) for of_pass in zip(*self._ids.values(), strict=True)]
+        rank, size = dist.get_rank(meshes.world), dist.get_world_size(meshes.world)
+        found = []
+        for own in of_passes:
+            parts = [torch.empty_like(own) for _ in range(size)] if rank == 0 else []
+            # As bytes: gloo gathers no int16.
+            as_bytes = [part.view(torch.uint8) for part in parts] or None
+            dist.gather(own.view(torch.uint8), as_bytes, group=meshes.saving)
+            found += [torch.cat(parts, dim=1)] if parts else []
+        return torch.cat(found, dim=1).numpy() if rank == 0 else None
+
+
+def _check(
+    folder: Path,
+    config: ModelConfig,
+    batches: Batches,
+    tokens: TokenFile,
+    max_tokens: int,
+    sequence_length: int,
+    num_windows: int,
+    world: World,
+) -> None:
     if config.moe is None:
         raise UserError(f"{folder} is a dense model, profile counts experts; split it first")
-    if max_tokens < sequence_length:
-        raise UserError(f"--max-tokens ({max_tokens}) must be at least one window of {sequence_length} tokens")
+    if num_windows == 0:
+        each = f" for each of {world.size} ranks" if world.size > 1 else ""
+        raise UserError(f"--max-tokens ({max_tokens}) must be at least one window of {sequence_length} tokens{each}")
     if sequence_length > config.max_position_embeddings:
         raise UserError(
             f"--sequence-length ({sequence_length}) is longer than the model's positions "
             f"({config.max_position_embeddings}); choose a shorter one"
         )
-    model = load_model(folder, torch.device("cpu"))
-    num_windows = max_tokens // sequence_length
-    batches = Batches(tokens, sequence_length=sequence_length, batch_size=1, seed=seed)
     if num_windows > batches.num_windows:
         raise UserError(
             f"--max-tokens asks for {num_windows} windows of {sequence_length} tokens, {tokens.bin_path} has "
             f"{batches.num_windows}; ask for fewer or give more text"
         )
-    experts = config.moe.num_experts
-    counts_LEE = torch.zeros(config.num_layers, experts, experts, dtype=torch.int64)
-
-    def count(x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
-        for layer, router in routers.items():
-            ops.count_pairs(router.ids_TK, counts_LEE[layer])
-            see(layer, router.ids_TK)
-        return x
-
-    model.watch = count
-    for start in range(0, num_windows, _ROWS):
-        windows = range(start, min(start + _ROWS, num_windows))
-        inputs_BS = torch.cat([batches.batch(window)[0] for window in windows])
-        model(inputs_BS)
-        advance((start + len(windows)) * sequence_length)
-    about = {
-        "tokens": num_windows * sequence_length,
-        "seed": seed,
-        "model_hash": _hash_of_model(folder),
-        "corpus_hash": _hash_of_file(tokens.bin_path),
-    }
-    return Profile.of_pairs(counts_LEE.numpy(), config.moe.top_k, about)
-
-
-def load_model(folder: Path, device: torch.device) -> Decoder:
-    """A whole model of an engine checkpoint in this process, in evaluation mode."""
-    with torch.device("meta"):
-        model = Decoder(read_model_config(folder / "model.json"))
-    model.to_empty(device=device)
-    checkpoint.load(folder, entries_of([model]))
-    return model.eval()
 
 
 def _hash_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_of_model(folder: Path) -> str:
-    """sha256 over the checksums of all weights."""
-    sums = read_manifest(folder)["checksums"]
-    weights = sorted(f"{name} {value}" for name, value in sums.items() if "/" not in name)
-    return hashlib.sha256("\n".join(weights).encode()).hexdigest()

@@ -18,10 +18,10 @@ def track(items: Sequence[T], what: str) -> Iterable[T]:
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(num_done)`; the bar stands while the block runs."""
+def bar(what: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(num_done)`; the bar, if it is shown, stands while the block runs."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda num_done: progress.update(task, completed=num_done)

@@ -218,7 +218,7 @@ def find_placement(out: Path, base: Path, sizes: Sizes, progress: Progress) -> t
             max_tokens=sizes.profile_tokens,
             sequence_length=sizes.sequence_length,
             advance=advance,
-        )
+        ).profile
     counted.save(out / "profile.npz")
     placement, found = place(counted, NUM_RANKS)
     placement.save(out / "placement.json", measured=found)

@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ep_engine.checkpoint import newest, read_manifest, tokenizer_folder
-from ep_engine.collaboration import collaboration_lists, read_profile
 from ep_engine.config import RunConfig, differing
+from ep_engine.constrain import routed
 from ep_engine.errors import UserError
 from ep_engine.layout import check_ranks, check_split, make_stages
-from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence, read_model_config
+from ep_engine.model_config import ModelConfig, first_sentence, read_model_config
 from ep_engine.ops import MAX_SHARERS, MAX_TOP_K
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
@@ -28,13 +28,8 @@ _INPUTS = (
     ("data", "tokenizer"),
     ("moe", "placement"),
     ("routing", "profile"),
+    ("routing", "lists"),
 )
-_READ_BY_RULE: dict[str | None, set[str]] = {
-    None: set(),
-    "topk": {"rule"},
-    "c2r": {"rule", "profile", "top_t"},
-    "c2r_grouped": {"rule", "profile", "top_t", "max_devices"},
-}
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ def resolve_layout(
             f"data.sequence_length ({config.data.sequence_length}) is longer than the model's positions "
             f"({model.max_position_embeddings}); choose a shorter one"
         )
-    return Layout(_routed(config, model, placement), stages, placement)
+    return Layout(routed(config, model, placement), stages, placement)
 
 
 def _check_apart(config: RunConfig) -> None:
@@ -280,61 +275,6 @@ def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: in
             f"moe.transport is hierarchical, but the {ranks_per_node} ranks of a node are no group of the placement's "
             f"tree {placement.factors}; place again with --nodes {ranks // ranks_per_node}"
         )
-
-
-def _routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -> ModelConfig:
-    """The model with the run's selection rule in the place of its own."""
-    routing = config.routing
-    if model.moe is None or placement is None:
-        return model
-    unread = [name for name in differing(routing) if name not in _READ_BY_RULE[routing.rule]]
-    if routing.rule is None and unread:
-        raise UserError(f"routing.{unread[0]} is set without routing.rule and has no effect; set the rule too")
-    if unread:
-        raise UserError(f"routing.{unread[0]} has no effect on routing.rule {routing.rule}; leave it out")
-    if routing.rule is None:
-        _check_groups(model.moe, placement, config.parallel.expert_parallel_size)
-        return model
-    tables = RoutingConfig(rule=routing.rule)
-    if routing.rule != "topk":
-        if routing.profile is None:
-            raise UserError(f"routing.rule {routing.rule} needs routing.profile; make one with `ep-engine profile`")
-        profile = read_profile(routing.profile)
-        if (profile.num_layers, profile.num_experts) != (model.num_layers, model.moe.num_experts):
-            raise UserError(
-                f"routing.profile {routing.profile} has {profile.num_layers} layers of {profile.num_experts} experts, "
-                f"the model {model.num_layers} of {model.moe.num_experts}; profile this model"
-            )
-        tables = tables.model_copy(update={"top_t": routing.top_t, "lists": collaboration_lists(profile.counts)})
-    if routing.rule == "c2r_grouped":
-        if config.moe.placement is None:
-            raise UserError(
-                "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with "
-                "`ep-engine place`"
-            )
-        if routing.max_devices > placement.devices:
-            raise UserError(
-                f"routing.max_devices ({routing.max_devices}) is more than the placement's {placement.devices} "
-                "devices; choose fewer, or the rule c2r"
-            )
-        devices = [placement.device_of_expert(layer) for layer in range(model.num_layers)]
-        tables = tables.model_copy(update={"max_devices": routing.max_devices, "device_of_expert": devices})
-    try:
-        return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
-    except ValidationError as error:
-        raise UserError(first_sentence(error)) from None
-
-
-def _check_groups(moe: MoEConfig, placement: Placement, ep_size: int) -> None:
-    """The groups that a c2r_grouped model was trained with must each lie on one rank, or M would bound nothing."""
-    slots_per_rank = placement.cut(ep_size).slots_per_rank
-    for layer, device_of_expert in enumerate(moe.routing.device_of_expert or []):
-        ranks = [slot // slots_per_rank for slot in placement.slot_of_expert(layer)]
-        if len(set(zip(device_of_expert, ranks, strict=True))) > len(set(device_of_expert)):
-            raise UserError(
-                f"the model's rule is c2r_grouped, and its devices {device_of_expert} of layer {layer} are torn apart "
-                f"by ranks {ranks}; set moe.placement to the one it was trained with, or set routing.rule"
-            )
 
 
 def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:

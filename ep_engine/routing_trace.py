@@ -7,11 +7,11 @@ beyond is not read.
 Shape letters:  L MoE layers   T tokens of a step, on all ranks   K top_k   E experts
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ep_engine.collaboration import UNREADABLE, read_profile
@@ -23,11 +23,10 @@ from ep_engine.selection import make_rule
 DRAWN = 1 << 16  # tokens; a step of more repeats them, which changes no share
 
 
-def save_trace(path: Path, ids_of_layers: Sequence[Sequence[Tensor]]) -> None:
-    """Write a trace of the experts (T, K) of tokens that follow each other, for every layer."""
-    ids_LTK = torch.stack([torch.cat(list(of_layer)) for of_layer in ids_of_layers])
+def save_trace(path: Path, ids_LTK: NDArray[np.int16]) -> None:
+    """Write a trace of the experts of tokens that follow each other, for every layer."""
     with whole_file(path) as beside, beside.open("wb") as file:
-        np.savez_compressed(file, ids=ids_LTK.to(torch.int16).numpy())
+        np.savez_compressed(file, ids=ids_LTK)
 
 
 def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tuple[Tensor, str]:

@@ -1,6 +1,8 @@
 """`ep-engine train`, `profile` and `place`: what they print and write, how they end, and what they leave alone."""
 
 import json
+import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,17 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from ep_engine import reference
+from ep_engine import checkpoint, reference
 from ep_engine.cli import app
 from ep_engine.collaboration import read_profile
+from ep_engine.collaboration_report import describe_collaboration
 from ep_engine.command_line import exit_with_sentence
 from ep_engine.load_balance import RouterStatistics
+from ep_engine.model import Decoder
+from ep_engine.model_config import read_model_config
+from ep_engine.parallelize import entries_of
 from ep_engine.place import place
 from ep_engine.placement import read_placement
-from ep_engine.profile import load_model
 from ep_engine.tokens import Batches, TokenFile, write_token_file
-from tests.counts import random_profile
+from tests.counts import COUNTS, LOAD, random_profile
 from tests.run_files import contents, make_files, write_run
 
 Command = Callable[..., tuple[int, str, str]]
@@ -55,10 +62,12 @@ SMALL = ("--max-tokens", 200, "--sequence-length", 16)  # 12 windows, 192 tokens
 def test_profile_counts_what_the_model_chose(run: Command, files: Path, tmp_path: Path) -> None:
     status, out, err = run(*profile_arguments(files, tmp_path / "p.npz", *SMALL, "--seed", 3))
     assert (status, err) == (0, "")
-    assert out == f"wrote {tmp_path / 'p.npz'}: 2 layers, 192 tokens\n"
+    words = rf"wrote {tmp_path / 'p.npz'}: 2 layers, 192 tokens, collaboration \d\.\d+, load max/mean \d\.\d+"
+    assert re.fullmatch(words + r", its halves agree to -?\d\.\d+ \(profile more .*\)\n", out)
     found = read_profile(tmp_path / "p.npz")
     batches = Batches(TokenFile(files / "train"), sequence_length=16, batch_size=1, seed=3)
-    model = load_model(files / "moe", torch.device("cpu"))
+    model = Decoder(read_model_config(files / "moe/model.json")).eval()
+    checkpoint.load(files / "moe", entries_of([model]))
     routers: dict[int, RouterStatistics] = {}
     model.watch = lambda x, seen: (routers.update(seen), x)[1]
     with torch.no_grad():
@@ -79,9 +88,48 @@ def test_profile_says_on_what_it_was_made(run: Command, files: Path, tmp_path: P
     report = json.loads(out)
     about = read_profile(tmp_path / "p.npz").about
     assert status == 0
+    collaboration, halves = report.pop("collaboration"), report.pop("halves")
     assert report == {"written": str(tmp_path / "p.npz"), "layers": 2, "experts": 8, **about}
+    assert collaboration == describe_collaboration(read_profile(tmp_path / "p.npz"))
+    assert [tokens for tokens, _ in halves] == [96]
     assert (about["tokens"], about["seed"]) == (192, 0)
     assert len(about["model_hash"]) == len(about["corpus_hash"]) == 64
+
+
+def test_text_is_profiled_with_the_tokenizer_of_the_model(run: Command, files: Path, tmp_path: Path) -> None:
+    model, folder = tmp_path / "moe", tmp_path / "texts"
+    shutil.copytree(files / "moe", model)
+    words = {word: i for i, word in enumerate(["<|endoftext|>", "?", *"abcdefghilnprtuxe(): +1023456789\n"])}
+    characters = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<|endoftext|>").save_pretrained(model / "tokenizer")
+    folder.mkdir()
+    (folder / "a.py").write_text("def f(x):\n    return x + 1\n" * 40)
+    (folder / "b.jsonl").write_text("".join(json.dumps({"text": f"line {i} " * 9}) + "\n" for i in range(40)))
+    (folder / "c.bin").write_bytes(b"\xff\xfe")
+    command = ("profile", model, "--corpus", folder, *SMALL, "--json", "--out")
+    status, out, err = run(*command, tmp_path / "p.npz", "--trace", tmp_path / "t.npz", "--picture", tmp_path / "p.png")
+    assert (status, err, json.loads(out)["tokens"]) == (0, "", 192)
+    with np.load(tmp_path / "t.npz") as trace:
+        ids_LTK = trace["ids"]
+    assert ids_LTK.shape == (2, 192, 2)
+    found = read_profile(tmp_path / "p.npz")
+    assert np.array_equal(found.load[1], np.bincount(ids_LTK[1].ravel(), minlength=8))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    run(*command, tmp_path / "again.npz")
+    assert np.array_equal(read_profile(tmp_path / "again.npz").counts, found.counts)
+
+
+def test_published_counts_become_a_profile(run: Command, tmp_path: Path) -> None:
+    (tmp_path / "topt_5_collaboration.pkl").write_bytes(pickle.dumps(np.stack([COUNTS, COUNTS]), 4))
+    command = ("profile", tmp_path / "topt_5_collaboration.pkl", "--out", tmp_path / "p.npz")
+    status, out, err = run(*command, "--top-k", 2)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"wrote {tmp_path / 'p.npz'}: 2 layers, 15 tokens, collaboration ")
+    assert np.array_equal(read_profile(tmp_path / "p.npz").load[0], LOAD)
+    status, _, err = run(*command, "--overwrite")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--top-k (None) must be the model's number of experts per token" in err
 
 
 def test_the_same_seed_gives_the_same_profile(run: Command, files: Path, tmp_path: Path) -> None:
@@ -279,6 +327,23 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "place into what exists": (
         "place {files}/profile.npz --devices 2 --out {out}/old",
         r"^output .*/old exists; choose another name or pass --overwrite\n$",
+    ),
+    "no text": ("profile {files}/moe --out {out}/p.npz", r"^give either --corpus \(None\) or --tokens \(None\)"),
+    "text twice": (
+        "profile {files}/moe --corpus {files} --tokens {files}/train --out {out}/p.npz",
+        r"^give either --corpus .* or --tokens .*, the text to profile on\n$",
+    ),
+    "no such text": (
+        "profile {files}/moe --corpus {out}/none --out {out}/p.npz",
+        r"^corpus .*/none does not exist; give text files, \.jsonl files or folders of them\n$",
+    ),
+    "no tokenizer": (
+        "profile {files}/moe --corpus {files} --out {out}/p.npz",
+        r"^.*/moe has no tokenizer for --corpus; give a token file with --tokens\n$",
+    ),
+    "a picture of no kind": (
+        "profile {files}/moe --tokens {files}/train --out {out}/p.npz --picture {out}/p.gif",
+        r"^--picture .*/p\.gif must end in \.png, \.svg or \.pdf; choose one\n$",
     ),
     "no such command": ("plce", r"^No such command 'plce'\..*; see --help\n$"),
     "no such option": ("place {files}/profile.npz --device 2", r"^No such option: --device\b.*; see --help\n$"),

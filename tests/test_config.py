@@ -26,7 +26,7 @@ KEYS = [
     "parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.expert_parallel_size",
     "parallel.expert_tensor_parallel_size", "parallel.reshard_after_forward", "parallel.device", "parallel.timeout_s",
     "moe.combine", "moe.placement", "moe.transport", "moe.fp8_dispatch", "moe.fixed_rows",
-    "routing.rule", "routing.top_t", "routing.profile", "routing.max_devices",
+    "routing.rule", "routing.top_t", "routing.profile", "routing.lists", "routing.max_devices",
     "output.folder", "output.resume", "output.keep_checkpoints", "output.async_save",
 ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 55
+    assert len(KEYS) == 56
     assert len(KEYS) <= 60
 
 

@@ -17,12 +17,14 @@ ORDER = [
     "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "feed_forward", "entropy", "load_balance", "moe_layer", "attention", "model",  # what it is part of
-    "tokens", "corpus", "entries", "checkpoint", "saver", "initial", "collaboration",  # what it reads and writes
+    "tokens", "corpus", "entries", "checkpoint", "saver", "initial",  # what it reads and writes
+    "collaboration", "published", "constrain",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "plan_run",
-    "profile", "locality", "solver", "place", "report", "command_line", "quickstart", "cli",  # what a user calls
+    "collaboration_report", "profile", "locality", "solver", "place", "report",  # what a user calls
+    "command_line", "quickstart", "cli",
 ]  # fmt: skip
 
 ENGINE_FILES = sorted((ROOT / "ep_engine").glob("*.py"))

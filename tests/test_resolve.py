@@ -11,6 +11,7 @@ from ep_engine.config import load_config
 from ep_engine.model_config import MoEConfig, read_model_config
 from ep_engine.placement import Placement
 from ep_engine.resolve import resolve
+from tests.counts import random_profile
 from tests.run_cases import NEW_MODEL
 from tests.run_files import contents, drop_key, make_files, resolve_run, write_run
 from tests.small_models import edit_json, routing_tables
@@ -92,6 +93,15 @@ def test_c2r_gets_the_lists_of_the_profile(top_t: int, files: Path, tmp_path: Pa
         "top_t": top_t,
         "lists": collaboration_lists(read_profile(files / "profile.npz").counts),
     }
+
+
+def test_c2r_gets_published_lists_with_their_t(files: Path, tmp_path: Path) -> None:
+    lists = collaboration_lists(random_profile(2, 8, seed=5).counts)
+    (tmp_path / "config.json").write_text(json.dumps({"collaborative_list": lists, "top_t": 4}))
+    rule = ("routing.rule=c2r", "routing.lists={out}/config.json")
+    for more, top_t in (((), 4), (("routing.top_t=2",), 2)):
+        found = moe_of(files, tmp_path, *rule, *more).routing
+        assert found.model_dump(exclude_none=True) == {"rule": "c2r", "top_t": top_t, "lists": lists}
 
 
 def test_c2r_grouped_gets_the_devices_of_the_placement_not_of_its_cut(files: Path, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ep_engine.checkpoint import hash_of_model
+from ep_engine.collaboration import collaboration_lists
 from ep_engine.errors import UserError
 from ep_engine.placement import Placement
 from tests.counts import random_profile
@@ -193,9 +196,20 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "c2r without a profile": (
         1,
         ("routing.rule=c2r", "routing.top_t=3"),
-        r"^routing\.rule c2r needs routing\.profile; make one with `ep-engine profile`$",
+        r"^routing\.rule c2r needs either routing\.profile \(None\) or routing\.lists \(None\); make a profile with "
+        "`ep-engine profile`$",
     ),
-    "grouped without a profile": (1, ("routing.rule=c2r_grouped",), r"^routing\.rule c2r_grouped needs routing\.prof"),
+    "grouped without a profile": (1, ("routing.rule=c2r_grouped",), r"^routing\.rule c2r_grouped needs either routing"),
+    "profile and lists": (
+        1,
+        (*C2R, "routing.lists={files}/config.json"),
+        r"needs either routing\.profile \(.*\.npz\) or routing\.lists \(.*\.json\)",
+    ),
+    "lists are missing": (
+        1,
+        ("routing.rule=c2r", "routing.lists=none.json"),
+        r"^lists none\.json cannot be read .*; give a config\.json with collaborative_list$",
+    ),
     "profile is missing": (
         1,
         ("routing.rule=c2r", "routing.profile=none.npz", "routing.top_t=3"),
@@ -275,6 +289,25 @@ def test_profile_of_another_model_is_refused(num_layers: int, num_experts: int, 
     numbers = (num_layers, 2) if num_experts == 8 else (num_experts, 8)
     rule = ("routing.rule=c2r", "routing.top_t=3", "routing.profile={out}/other.npz")
     refuse(files, tmp_path, r"\b{}\b.*\b{}\b".format(*numbers), *rule)
+
+
+def test_profile_of_other_weights_is_refused(files: Path, tmp_path: Path) -> None:
+    for name, model_hash in (("one", hash_of_model(files / "moe")), ("other", "0" * 64)):
+        replace(random_profile(2, 8, seed=0), about={"model_hash": model_hash}).save(tmp_path / f"{name}.npz")
+    rule = ("routing.rule=c2r", "routing.top_t=3")
+    resolve_run(files, tmp_path, *rule, "routing.profile={out}/one.npz")
+    sentence = (
+        r"^routing\.profile .*/other\.npz is of another model \(0{12}\) than model\.checkpoint .*/moe \(\w{12}\); "
+    )
+    refuse(files, tmp_path, sentence + "profile that one$", *rule, "routing.profile={out}/other.npz")
+
+
+@pytest.mark.parametrize(("num_layers", "num_experts"), [(3, 8), (2, 6)])
+def test_lists_of_another_model_are_refused(num_layers: int, num_experts: int, files: Path, tmp_path: Path) -> None:
+    lists = collaboration_lists(random_profile(num_layers, num_experts, seed=0).counts)
+    (tmp_path / "config.json").write_text(json.dumps({"collaborative_list": lists, "top_t": 3}))
+    sentence = rf"^routing\.lists .* has {num_layers} layers of {num_experts} experts, the model 2 of 8; profile this"
+    refuse(files, tmp_path, sentence, "routing.rule=c2r", "routing.lists={out}/config.json")
 
 
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(3, 8), (1, 8), (2, 6), (2, 9)])

@@ -1,0 +1,109 @@
+"""Constrain: from the [routing] section of a run to the selection rule in its model, tables and all."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ep_engine.checkpoint import hash_of_model
+from ep_engine.collaboration import collaboration_lists, read_profile
+from ep_engine.config import RunConfig, differing
+from ep_engine.errors import UserError
+from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence
+from ep_engine.placement import Placement
+from ep_engine.published import read_lists
+
+_READ_BY_RULE: dict[str | None, set[str]] = {
+    None: set(),
+    "topk": {"rule"},
+    "c2r": {"rule", "profile", "lists", "top_t"},
+    "c2r_grouped": {"rule", "profile", "lists", "top_t", "max_devices"},
+}
+
+
+def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -> ModelConfig:
+    """The model with the run's selection rule in the place of its own.
+
+    Raises:
+        UserError: a key has no effect on the rule or is missing, or a table is not for this model or placement.
+    """
+    routing = config.routing
+    if model.moe is None or placement is None:
+        return model
+    unread = [name for name in differing(routing) if name not in _READ_BY_RULE[routing.rule]]
+    if routing.rule is None and unread:
+        raise UserError(f"routing.{unread[0]} is set without routing.rule and has no effect; set the rule too")
+    if unread:
+        raise UserError(f"routing.{unread[0]} has no effect on routing.rule {routing.rule}; leave it out")
+    if routing.rule is None:
+        _check_groups(model.moe, placement, config.parallel.expert_parallel_size)
+        return model
+    tables = RoutingConfig(rule=routing.rule)
+    if routing.rule != "topk":
+        lists, published_t = _lists(config, model)
+        top_t = published_t if routing.top_t is None else routing.top_t
+        tables = tables.model_copy(update={"top_t": top_t, "lists": lists})
+    if routing.rule == "c2r_grouped":
+        if config.moe.placement is None:
+            raise UserError(
+                "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with "
+                "`ep-engine place`"
+            )
+        if routing.max_devices > placement.devices:
+            raise UserError(
+                f"routing.max_devices ({routing.max_devices}) is more than the placement's {placement.devices} "
+                "devices; choose fewer, or the rule c2r"
+            )
+        devices = [placement.device_of_expert(layer) for layer in range(model.num_layers)]
+        tables = tables.model_copy(update={"max_devices": routing.max_devices, "device_of_expert": devices})
+    try:
+        return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
+    except ValidationError as error:
+        raise UserError(first_sentence(error)) from None
+
+
+def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]], int | None]:
+    """Collaboration lists of all layers, and the T that stands beside them, if one does."""
+    routing = config.routing
+    assert model.moe is not None, "the caller has asked"
+    if (routing.profile is None) == (routing.lists is None):
+        raise UserError(
+            f"routing.rule {routing.rule} needs either routing.profile ({routing.profile}) or routing.lists "
+            f"({routing.lists}); make a profile with `ep-engine profile`"
+        )
+    if routing.lists is not None:
+        lists, top_t = read_lists(routing.lists)
+        _check_shape("routing.lists", routing.lists, (len(lists), len(lists[0])), model)
+        return lists, top_t
+    assert routing.profile is not None, "just checked"
+    profile = read_profile(routing.profile)
+    _check_shape("routing.profile", routing.profile, profile.counts.shape[:2], model)
+    made_of = profile.about.get("model_hash")
+    if config.model.checkpoint is not None and made_of is not None:
+        found = hash_of_model(config.model.checkpoint)
+        if found != made_of:
+            raise UserError(
+                f"routing.profile {routing.profile} is of another model ({made_of[:12]}) than model.checkpoint "
+                f"{config.model.checkpoint} ({found[:12]}); profile that one"
+            )
+    return collaboration_lists(profile.counts), None
+
+
+def _check_shape(key: str, path: Path, shape: tuple[int, ...], model: ModelConfig) -> None:
+    assert model.moe is not None, "the caller has asked"
+    if shape != (model.num_layers, model.moe.num_experts):
+        raise UserError(
+            f"{key} {path} has {shape[0]} layers of {shape[1]} experts, the model {model.num_layers} of "
+            f"{model.moe.num_experts}; profile this model"
+        )
+
+
+def _check_groups(moe: MoEConfig, placement: Placement, ep_size: int) -> None:
+    """The groups that a c2r_grouped model was trained with must each lie on one rank, or M would bound nothing."""
+    slots_per_rank = placement.cut(ep_size).slots_per_rank
+    for layer, device_of_expert in enumerate(moe.routing.device_of_expert or []):
+        ranks = [slot // slots_per_rank for slot in placement.slot_of_expert(layer)]
+        if len(set(zip(device_of_expert, ranks, strict=True))) > len(set(device_of_expert)):
+            raise UserError(
+                f"the model's rule is c2r_grouped, and its devices {device_of_expert} of layer {layer} are torn apart "
+                f"by ranks {ranks}; set moe.placement to the one it was trained with, or set routing.rule"
+            )
