@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.nodes_rank import CALIBRATION, ROWS_PER_RANK
+from benchmarks.nodes_rank import CALIBRATION, REPEATS, ROWS_PER_RANK
 from benchmarks.ranks import summary
 from benchmarks.timing import print_table, write_results
 from benchmarks.trained_moe import SEQUENCE, MoEShape, run_config, train_moe
@@ -108,10 +108,10 @@ def on_nodes(folder: Path, arms: Arms, nodes: int, per_node: int, bandwidth: str
 
 
 class Links:
-    """What the links carried of each kind of exchange, CALIBRATION bytes from a rank to each other."""
+    """What the links carried of each kind of exchange, REPEATS times CALIBRATION bytes from a rank to each other."""
 
     def __init__(self, times_ms: dict[str, list[float]], nodes: int) -> None:
-        ms = {kind: statistics.median(times_ms[f"link {kind}"]) for kind in ("few", *KINDS)}
+        ms = {kind: statistics.median(times_ms[f"link {kind}"]) / REPEATS for kind in ("few", *KINDS)}
         self.few = ms["few"]
         self.bytes_per_ms = {kind: CALIBRATION * (nodes - 1) / (ms[kind] - self.few) for kind in KINDS}
 

@@ -29,6 +29,7 @@ from ep_engine.transport import Collective
 CPU = torch.device("cpu")
 ROWS_PER_RANK = 4
 CALIBRATION = 4 << 20  # bytes from a rank to each other
+REPEATS = 4  # exchanges that follow each other as in a step: after a pause a connection is slow again
 Choices = list[tuple[MoELayer, Tensor, Tensor]]
 
 
@@ -84,7 +85,9 @@ class Arm:
 
 
 def links(meshes: Meshes) -> dict[str, Callable[[], object]]:
-    """What is exchanged to learn how fast each kind of exchange is; CALIBRATION bytes from a rank to each other."""
+    """What is exchanged to learn how fast each kind of exchange is, REPEATS times CALIBRATION bytes from a rank to each
+    other.
+    """
     transport = Collective(meshes.dispatch, meshes.down.get("dispatch"))
     size = transport.size
     rows = [0 if rank == transport.rank else CALIBRATION for rank in range(size)]
@@ -92,12 +95,13 @@ def links(meshes: Meshes) -> dict[str, Callable[[], object]]:
     counts = torch.zeros(size, 2, dtype=torch.int32)
     floats = torch.zeros(size * CALIBRATION // 4)
     part = torch.zeros(CALIBRATION // 4)
-    return {
+    once: dict[str, Callable[[], object]] = {
         "all_to_all": lambda: transport.all_to_all(taken, given, rows, rows, "calibration"),
         "all_gather": lambda: dist.all_gather_into_tensor(floats, part),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, floats),
         "few": lambda: transport.exchange_counts(counts, "calibration"),
     }
+    return {kind: lambda call=call: [call() for _ in range(REPEATS)] for kind, call in once.items()}
 
 
 def main() -> None:

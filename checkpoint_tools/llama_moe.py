@@ -1,7 +1,7 @@
 """LLaMA-MoE v1 and C2R: the names and fields of the published models, without residual experts.
 
 Names: state dict of the released checkpoints. Fields `top_t` and `collaborative_list` are C2R's; `routing_rule`,
-`max_devices` and `device_of_expert` are ours and missing in published files.
+`max_devices`, `device_of_expert` and `num_groups` are ours and missing in published files.
 """
 
 from collections.abc import Mapping
@@ -62,6 +62,7 @@ def read_moe(config: Mapping[str, Any], model: ModelConfig) -> MoEConfig:
             lists=lists,
             max_devices=config.get("max_devices"),
             device_of_expert=config.get("device_of_expert"),
+            num_groups=config.get("num_groups"),
         ),
     )
 
@@ -109,7 +110,9 @@ def write_moe(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         "score_scale_factor": moe.score_scale,
         "routing_rule": routing.rule,
     }
-    if routing.rule != "topk":
+    if routing.rule == "group_limited":
+        config |= {"num_groups": routing.num_groups, "max_devices": routing.max_devices}
+    if routing.rule in ("c2r", "c2r_grouped"):
         config |= {"top_t": routing.top_t, "collaborative_list": routing.lists}
     if routing.rule == "c2r_grouped":
         config |= {"max_devices": routing.max_devices, "device_of_expert": routing.device_of_expert}
@@ -132,7 +135,7 @@ FAMILY = Family(
     },
     moe_keys=frozenset(
         {"num_experts", "num_selects", "size_experts", "gate_network", "score_scale_factor"}
-        | {"routing_rule", "top_t", "collaborative_list", "max_devices", "device_of_expert"}
+        | {"routing_rule", "top_t", "collaborative_list", "max_devices", "device_of_expert", "num_groups"}
     ),
     read_moe=read_moe,
     write_moe=write_moe,

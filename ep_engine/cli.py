@@ -48,6 +48,7 @@ def train_command(
     """Train; under torchrun on as many ranks as it starts. Started again, they go on from the last checkpoint."""
     from ep_engine import job
     from ep_engine.config import load_config
+    from ep_engine.constrain import in_no_list
     from ep_engine.mesh import World
     from ep_engine.resolve import resolve
     from ep_engine.trainer import train
@@ -62,6 +63,13 @@ def train_command(
         overwrite=overwrite,
         restarted=restarted,
     )
+    if world.rank == 0:
+        for layer, experts in in_no_list(run.model).items():
+            typer.echo(
+                f"layer {layer}: experts {experts} are among the first T collaborators of nobody, and serve only "
+                "tokens whose first choice they are",
+                err=True,
+            )
     if check_for is not None:
         return
     device = world.pick_device(config.parallel.device)

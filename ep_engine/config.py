@@ -105,6 +105,8 @@ class TrainSection(_Section):
     """largest global gradient norm"""
     load_balance: FiniteFloat = Field(0.01, ge=0)
     """coefficient of the load-balance loss of MoE models"""
+    load_balance_of: Literal["rule", "plain"] = "rule"
+    """whose choices it counts: those of the rule, or of plain top-k on the same scores, as C2R's published code"""
     seed: int = 0
     """of new weights and of the order of batches"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -171,16 +173,22 @@ class MoESection(_Section):
 class RoutingSection(_Section):
     """The selection rule; without it the model's own stays."""
 
-    rule: Literal["topk", "c2r", "c2r_grouped"] | None = None
-    """topk; c2r: partners of the top-1 expert from its first T collaborators; c2r_grouped: on at most M devices"""
-    top_t: int | None = None
-    """T, in k-1..E-1"""
+    rule: Literal["topk", "group_limited", "c2r", "c2r_grouped"] | None = None
+    """topk; group_limited: of M groups; c2r: top-1 and some of its T collaborators; c2r_grouped: on M devices"""
+    top_t: int | list[int] | None = None
+    """T, in k-1..E-1; or a list of that of every layer"""
     profile: Path | None = None
     """profile.npz of `ep-engine profile`, from which the collaboration lists are made"""
     lists: Path | None = None
     """published lists instead: a config.json with collaborative_list (and top_t), or a pickle of them"""
-    max_devices: int = Field(1, ge=1)
-    """M of c2r_grouped, devices of moe.placement"""
+    max_devices: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 1
+    """M, devices of moe.placement (c2r_grouped) or groups (group_limited) of a token; or a list of every layer's"""
+    num_groups: int | None = Field(None, ge=1)
+    """equal groups of experts with consecutive ids, of group_limited"""
+    tighten_steps: int = Field(0, ge=0)
+    """first steps of the run over which T and M fall from all to what they are set to"""
+    weights: Literal["model", "selected", "match_plain_mass"] = "model"
+    """of the chosen experts: as the model weighs any; divided by their sum; with the sum that plain top-k would have"""
 
 
 class OutputSection(_Section):

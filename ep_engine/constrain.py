@@ -15,8 +15,9 @@ from ep_engine.published import read_lists
 _READ_BY_RULE: dict[str | None, set[str]] = {
     None: set(),
     "topk": {"rule"},
-    "c2r": {"rule", "profile", "lists", "top_t"},
-    "c2r_grouped": {"rule", "profile", "lists", "top_t", "max_devices"},
+    "group_limited": {"rule", "num_groups", "max_devices", "tighten_steps", "weights"},
+    "c2r": {"rule", "profile", "lists", "top_t", "tighten_steps", "weights"},
+    "c2r_grouped": {"rule", "profile", "lists", "top_t", "max_devices", "tighten_steps", "weights"},
 }
 
 
@@ -37,8 +38,10 @@ def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -
     if routing.rule is None:
         _check_groups(model.moe, placement, config.parallel.expert_parallel_size)
         return model
-    tables = RoutingConfig(rule=routing.rule)
-    if routing.rule != "topk":
+    tables = RoutingConfig(rule=routing.rule, weights=routing.weights)
+    if routing.rule == "group_limited":
+        tables = tables.model_copy(update={"num_groups": routing.num_groups, "max_devices": routing.max_devices})
+    if routing.rule in ("c2r", "c2r_grouped"):
         lists, published_t = _lists(config, model)
         top_t = published_t if routing.top_t is None else routing.top_t
         tables = tables.model_copy(update={"top_t": top_t, "lists": lists})
@@ -48,9 +51,10 @@ def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -
                 "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with "
                 "`ep-engine place`"
             )
-        if routing.max_devices > placement.devices:
+        most = max(routing.max_devices) if isinstance(routing.max_devices, list) else routing.max_devices
+        if most > placement.devices:
             raise UserError(
-                f"routing.max_devices ({routing.max_devices}) is more than the placement's {placement.devices} "
+                f"routing.max_devices ({most}) is more than the placement's {placement.devices} "
                 "devices; choose fewer, or the rule c2r"
             )
         devices = [placement.device_of_expert(layer) for layer in range(model.num_layers)]
@@ -59,6 +63,22 @@ def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -
         return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
+
+
+def in_no_list(model: ModelConfig) -> dict[int, list[int]]:
+    """By layer, the experts that are among the first T collaborators of nobody: they serve only tokens whose first
+    choice they are.
+    """
+    found = {}
+    moe = model.moe
+    if moe is None or moe.routing.lists is None:
+        return {}
+    for layer, rows in enumerate(moe.routing.lists):
+        top_t, _ = moe.routing.in_layer(layer)
+        named = {expert for row in rows for expert in row[:top_t]}
+        if len(named) < moe.num_experts:
+            found[layer] = [expert for expert in range(moe.num_experts) if expert not in named]
+    return found
 
 
 def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]], int | None]:

@@ -27,6 +27,13 @@ def router_statistics(routing: Routing) -> RouterStatistics:
     return RouterStatistics(load_E, torch.softmax(logits_TE, dim=1).sum(dim=0), ids_TK, logits_TE.detach())
 
 
+def with_plain_load(router: RouterStatistics) -> RouterStatistics:
+    """The same with the load that plain top-k on the same logits would give."""
+    top_k, num_experts = router.ids_TK.shape[1], router.logits_TE.shape[1]
+    plain_TK = router.logits_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    return router._replace(load_E=torch.bincount(plain_TK.reshape(-1), minlength=num_experts).to(router.load_E))
+
+
 def load_balance_loss(
     layers: Sequence[RouterStatistics], num_tokens: int, group: dist.ProcessGroup | None, num_layers: int | None = None
 ) -> Tensor:

@@ -18,15 +18,26 @@ class _Part(BaseModel):
 class RoutingConfig(_Part):
     """The selection rule of every MoE layer and the tables it reads."""
 
-    rule: Literal["topk", "c2r", "c2r_grouped"] = "topk"
-    top_t: int | None = None
-    """T of C2R: how many collaborators of the top-1 expert are candidates, in k-1..E-1."""
+    rule: Literal["topk", "group_limited", "c2r", "c2r_grouped"] = "topk"
+    top_t: int | list[int] | None = None
+    """T of C2R: how many collaborators of the top-1 expert are candidates, in k-1..E-1; or that of every layer."""
     lists: list[list[list[int]]] | None = None
     """[L][E][E]: row i is a permutation of the experts, closest collaborator of i first, i itself last."""
-    max_devices: int | None = None
-    """M of c2r_grouped: a token's experts live on at most this many devices."""
+    max_devices: int | list[int] | None = None
+    """M: a token's experts live on at most this many devices (c2r_grouped), or in so many groups (group_limited); or
+    that of every layer."""
     device_of_expert: list[list[int]] | None = None
     """[L][E]: the device each expert lives on; c2r_grouped reads it."""
+    num_groups: int | None = None
+    """Equal groups of experts with consecutive ids; group_limited reads it."""
+    weights: Literal["model", "selected", "match_plain_mass"] = "model"
+    """Combine weights under a constraint: as the model weighs any chosen experts; divided by their sum; or scaled so
+    that their sum is that of plain top-k, before the scale of the model."""
+
+    def in_layer(self, layer: int) -> tuple[int | None, int | None]:
+        """T and M of one layer."""
+        t, m = self.top_t, self.max_devices
+        return (t[layer] if isinstance(t, list) else t), (m[layer] if isinstance(m, list) else m)
 
 
 class MoEConfig(_Part):
@@ -59,36 +70,66 @@ class MoEConfig(_Part):
             raise ValueError(f"moe.top_k ({k}) must be in 1..moe.num_experts ({e}); choose fewer experts per token")
         if self.shared_gate and self.shared_hidden_size == 0:
             raise ValueError("moe.shared_gate is set and moe.shared_hidden_size is 0: there is nothing to gate")
+        if rule.weights != "model" and (rule.rule == "topk" or self.score == "softmax_of_chosen" or self.renormalise):
+            raise ValueError(
+                f"routing.weights {rule.weights} has no effect on rule {rule.rule}, score {self.score}"
+                f"{', renormalised' if self.renormalise else ''}: the weights of the chosen have that sum already; "
+                "leave it out"
+            )
         if rule.rule == "topk":
+            return self
+        if rule.rule == "group_limited":
+            self._check_limited()
             return self
         if rule.lists is None:
             raise ValueError(f"routing.rule {rule.rule} needs collaboration lists, got none; give routing.profile")
-        top_t = rule.top_t
-        if top_t is None or not k - 1 <= top_t <= e - 1:
-            raise ValueError(
-                f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; "
-                "choose it there"
-            )
+        for top_t in rule.top_t if isinstance(rule.top_t, list) else [rule.top_t]:
+            if top_t is None or not k - 1 <= top_t <= e - 1:
+                raise ValueError(
+                    f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; "
+                    "choose it there"
+                )
         for layer, rows in enumerate(rule.lists):
             check_lists(rows, e, where=f"layer {layer}")
         if rule.rule == "c2r_grouped":
             self._check_groups()
         return self
 
+    def _check_limited(self) -> None:
+        groups, rule = self.routing.num_groups, self.routing
+        if groups is None or rule.max_devices is None or groups < 1 or self.num_experts % groups:
+            raise ValueError(
+                f"routing.num_groups ({groups}) must divide the {self.num_experts} experts into equal groups for rule "
+                "group_limited; choose a divisor"
+            )
+        for m in rule.max_devices if isinstance(rule.max_devices, list) else [rule.max_devices]:
+            if not 1 <= m <= groups or m * (self.num_experts // groups) < self.top_k:
+                raise ValueError(
+                    f"routing.max_devices ({m}) of {groups} groups hold {m * (self.num_experts // groups)} experts, "
+                    f"it must be in 1..{groups} and hold top_k ({self.top_k}); choose another"
+                )
+
     def _check_groups(self) -> None:
         rule = self.routing
         if rule.device_of_expert is None or rule.max_devices is None:
             raise ValueError("routing.rule c2r_grouped needs a placement and routing.max_devices; give both")
+        for name in ("top_t", "max_devices"):
+            table = getattr(rule, name)
+            if isinstance(table, list) and len(table) != len(rule.device_of_expert):
+                raise ValueError(
+                    f"routing.{name} has {len(table)} layers, the placement {len(rule.device_of_expert)}; correct it"
+                )
         for layer, devices in enumerate(rule.device_of_expert):
             if len(devices) != self.num_experts:
                 raise ValueError(
                     f"routing.device_of_expert of layer {layer} has {len(devices)} entries, the layer has "
                     f"{self.num_experts} experts; make the placement from a profile of this model"
                 )
-            smallest = sorted(devices.count(d) for d in set(devices))[: rule.max_devices]
+            _, m = rule.in_layer(layer)
+            smallest = sorted(devices.count(d) for d in set(devices))[:m]
             if sum(smallest) < self.top_k:
                 raise ValueError(
-                    f"routing.max_devices ({rule.max_devices}) devices of layer {layer} may hold only {sum(smallest)} "
+                    f"routing.max_devices ({m}) devices of layer {layer} may hold only {sum(smallest)} "
                     f"experts, fewer than top_k ({self.top_k}); allow more devices per token"
                 )
 
@@ -127,12 +168,11 @@ class ModelConfig(_Part):
                 "query heads share key heads evenly"
             )
         routing = self.moe.routing if self.moe else RoutingConfig()
-        for name in ("lists", "device_of_expert"):
+        for name in ("top_t", "max_devices", "lists", "device_of_expert"):
             table = getattr(routing, name)
-            if table is not None and len(table) != self.num_layers:
+            if isinstance(table, list) and len(table) != self.num_layers:
                 raise ValueError(
-                    f"routing.{name} has {len(table)} layers, the model has {self.num_layers}; "
-                    "use a profile of this model"
+                    f"routing.{name} has {len(table)} layers, the model has {self.num_layers}; make it for this model"
                 )
         return self
 

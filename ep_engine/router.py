@@ -36,6 +36,9 @@ class Router(nn.Module):
         self.w_in = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
         self.w_out = nn.Parameter(torch.empty(moe.num_experts, moe.num_experts)) if moe.gate == "mlp" else None
         self.weighing = moe.score, moe.renormalise, moe.score_scale
+        if moe.routing.weights == "selected":
+            self.weighing = moe.score, True, moe.score_scale
+        self.match_plain_mass = moe.routing.weights == "match_plain_mass"
         self.rule = make_rule(moe, layer)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor | None = None) -> Routing:
@@ -48,7 +51,18 @@ class Router(nn.Module):
         if ids_TK is not None:
             how = how._replace(rule="given")
         ids_TK, weights_TK = _Choose.apply(logits_TE, how, ids_TK)  # type: ignore[no-untyped-call]
+        if self.match_plain_mass:
+            _, plain_TK = _Choose.apply(logits_TE, how._replace(rule="topk"), None)  # type: ignore[no-untyped-call]
+            weights_TK = weights_TK * (_sum_of_row(plain_TK) / _sum_of_row(weights_TK))
         return Routing(ids_TK, weights_TK, logits_TE)
+
+
+def _sum_of_row(weights_TK: Tensor) -> Tensor:
+    """(T, 1), column after column: the bits of a token's sum do not depend on which tokens it is among."""
+    total_T1 = weights_TK[:, :1]
+    for column in range(1, weights_TK.shape[1]):
+        total_T1 = total_T1 + weights_TK[:, column : column + 1]
+    return total_T1
 
 
 def linear_by_row(x_TD: Tensor, w_ED: Tensor) -> Tensor:

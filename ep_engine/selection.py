@@ -6,6 +6,7 @@ wins. Ids are logical expert ids.
 Shape letters:  T tokens of this rank   E experts   K top_k
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,15 @@ class Rule:
 
     def __init__(self, selection: ops.Selection) -> None:
         self._selection = selection
+        self._top_t, self._max_groups = selection.top_t, selection.max_groups
         self._on: dict[torch.device, ops.Selection] = {}
+
+    def tighten(self, done: float) -> None:
+        """Allow all candidates and groups at `done` 0, those of the rule from 1 on, and linearly many between."""
+        s, share = self._selection, min(max(done, 0.0), 1.0)
+        all_t = 0 if s.lists_EN is None else s.lists_EN.shape[1]
+        self._top_t = math.ceil(all_t + (s.top_t - all_t) * share)
+        self._max_groups = math.ceil(s.num_groups + (s.max_groups - s.num_groups) * share)
 
     def on(self, device: torch.device) -> ops.Selection:
         """The rule with its tables on a device; moved once, because a copy to a GPU would wait for it."""
@@ -31,7 +40,7 @@ class Rule:
                 name: v.to(device) for name, v in self._selection._asdict().items() if isinstance(v, Tensor)
             }
             self._on[device] = self._selection._replace(**moved)
-        return self._on[device]
+        return self._on[device]._replace(top_t=self._top_t, max_groups=self._max_groups)
 
     def select(self, scores_TE: Tensor) -> Tensor:
         """(T, E) float32, any order-preserving function of the logits -> (T, K) int64."""
@@ -43,6 +52,30 @@ class TopK(Rule):
 
     def __init__(self, top_k: int) -> None:
         super().__init__(ops.Selection(top_k))
+
+
+class GroupLimited(Rule):
+    """Experts of M of n equal groups with consecutive ids: those groups that have the best expert, arXiv:2405.04434.
+
+    Args:
+        top_k: K.
+        num_experts: E.
+        num_groups: n, divides E.
+        topk_groups: M, in 1..n; M groups hold at least K experts.
+    """
+
+    def __init__(self, top_k: int, num_experts: int, num_groups: int, topk_groups: int) -> None:
+        if num_experts % num_groups or not 1 <= topk_groups <= num_groups:
+            raise UserError(
+                f"routing.num_groups ({num_groups}) must divide {num_experts} experts and routing.max_devices "
+                f"({topk_groups}) must be in 1..{num_groups}; correct them"
+            )
+        if topk_groups * (num_experts // num_groups) < top_k:
+            raise UserError(
+                f"routing.max_devices ({topk_groups}) groups of {num_experts // num_groups} experts hold fewer than "
+                f"top_k ({top_k}); allow more"
+            )
+        super().__init__(ops.Selection(top_k, "group_limited", num_groups=num_groups, max_groups=topk_groups))
 
 
 class C2R(Rule):
@@ -119,15 +152,19 @@ class C2RGrouped(Rule):
 def make_rule(moe: MoEConfig, layer: int) -> Rule:
     """The selection rule of one layer of a model."""
     routing = moe.routing
+    top_t, max_devices = routing.in_layer(layer)
     if routing.rule == "topk":
         return TopK(moe.top_k)
+    if routing.rule == "group_limited":
+        assert routing.num_groups is not None and max_devices is not None, "MoEConfig checks that both are there"  # noqa: PT018
+        return GroupLimited(moe.top_k, moe.num_experts, routing.num_groups, max_devices)
     assert routing.lists is not None, "MoEConfig checks that the tables are there"
     if routing.rule == "c2r":
-        return C2R(moe.top_k, routing.lists[layer], routing.top_t)
+        return C2R(moe.top_k, routing.lists[layer], top_t)
     assert routing.device_of_expert is not None, "MoEConfig checks that the tables are there"
-    assert routing.max_devices is not None, "MoEConfig checks that the tables are there"
+    assert max_devices is not None, "MoEConfig checks that the tables are there"
     devices = routing.device_of_expert[layer]
-    return C2RGrouped(moe.top_k, routing.lists[layer], devices, routing.max_devices, routing.top_t)
+    return C2RGrouped(moe.top_k, routing.lists[layer], devices, max_devices, top_t)
 
 
 def _checked_lists(top_k: int, lists: Sequence[Sequence[int]] | Tensor, top_t: int | None) -> tuple[Tensor, int]:

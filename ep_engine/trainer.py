@@ -135,6 +135,7 @@ class Trainer:
             device,
             meshes.stage.get_group(),
             coefficient=train.load_balance,
+            of_plain=train.load_balance_of == "plain",
             num_tokens=rows * data.sequence_length,
             num_parts=train.micro_batches,
         )
@@ -233,6 +234,8 @@ class Trainer:
     def one_step(self) -> float:
         """One step of the optimiser; returns the loss of the batch."""
         train = self.config.train
+        tighten_steps = self.config.routing.tighten_steps
+        self._tighten(self.step / tighten_steps if tighten_steps else 1.0)
         share = self.pipeline.train([self._part(i) for i in range(train.micro_batches)])
         # Ranks of a tp group have the same loss.
         total, norm = sum_over_ranks(share / self.tp_size, self.stages, self.group)
@@ -253,6 +256,11 @@ class Trainer:
         self.step += 1
         self.last_norm = norm
         return total
+
+    def _tighten(self, done: float) -> None:
+        for stage in self.stages:
+            for moe in stage.moe_layers().values():
+                moe.router.rule.tighten(done)
 
     def _part(self, part: int) -> Batch:
         """This rank's rows of a part of the next batch."""
@@ -328,6 +336,7 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         if self.run.heldout is None:
             return None
+        self._tighten(1.0)  # the rule that is in the checkpoint
         data = self.config.data
         batches = heldout_batches(
             self.run.heldout,

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_engine import ops
-from ep_engine.load_balance import RouterStatistics, load_balance_loss, with_loss
+from ep_engine.load_balance import RouterStatistics, load_balance_loss, with_loss, with_plain_load
 from ep_engine.model_config import ModelConfig
 
 
@@ -20,6 +20,7 @@ class RouterWatch:
         device: of the counts.
         stage: the ranks that share the batch and the layers.
         coefficient: of the load-balance loss.
+        of_plain: count in it the choices of plain top-k on the same scores instead of those of the rule in force.
         num_tokens: of one part of a batch, on all ranks.
         num_parts: parts of a batch, over which the loss is the mean.
 
@@ -35,6 +36,7 @@ class RouterWatch:
         stage: dist.ProcessGroup,
         *,
         coefficient: float,
+        of_plain: bool = False,
         num_tokens: int,
         num_parts: int,
     ) -> None:
@@ -42,7 +44,7 @@ class RouterWatch:
         self.load_LE = torch.zeros(self.num_layers, experts, device=device)
         self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
         self._stage, self._coefficient = stage, coefficient / num_parts
-        self._num_tokens = num_tokens
+        self._num_tokens, self._of_plain = num_tokens, of_plain
 
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         """See `model.Watch`."""
@@ -51,5 +53,6 @@ class RouterWatch:
             ops.count_pairs(router.ids_TK, self.pairs_LEE[layer])
         if not routers or self._coefficient == 0:
             return x
-        balance = load_balance_loss(list(routers.values()), self._num_tokens, self._stage, self.num_layers)
+        counted = [with_plain_load(router) if self._of_plain else router for router in routers.values()]
+        balance = load_balance_loss(counted, self._num_tokens, self._stage, self.num_layers)
         return with_loss(x, self._coefficient * balance)

@@ -13,15 +13,15 @@ def select_by_hand(
 ) -> list[int]:
     """The selection rule of one token, as the specification tells it."""
     order = sorted(range(len(scores)), key=lambda e: (-scores[e], e))
+    devices: list[int] = []
+    for e in order if device is not None else []:
+        if device[e] not in devices and len(devices) < m:
+            devices.append(device[e])
     if row_of is None:
-        return order[:k]
+        return [e for e in order if device is None or device[e] in devices][:k]
     first, row = order[0], row_of[order[0]]
     candidates = row[:top_t]
     if device is not None:
-        devices: list[int] = []
-        for e in order:
-            if device[e] not in devices and len(devices) < m:
-                devices.append(device[e])
         candidates = [e for e in row[:top_t] if device[e] in devices]
         for e in row[top_t:]:
             if len(candidates) < k - 1 and e != first and device[e] in devices:

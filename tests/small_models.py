@@ -65,6 +65,8 @@ def routing_tables(rule: str, *, top_t: int = 3, num_layers: int = 2, num_expert
     """Random tables of a rule for `moe_checkpoint`: two devices for c2r_grouped, one of them per token."""
     if rule == "topk":
         return {"rule": rule}
+    if rule == "group_limited":
+        return {"rule": rule, "num_groups": 4, "max_devices": 1}
     draw = random.Random(0)
     tables = {"rule": rule, "top_t": top_t, "lists": [random_lists(num_experts, draw) for _ in range(num_layers)]}
     if rule == "c2r_grouped":

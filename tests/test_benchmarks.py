@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.all_to_all import rows_to_send
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
-from benchmarks.nodes import CALIBRATION, KINDS, Links
+from benchmarks.nodes import CALIBRATION, KINDS, REPEATS, Links
 from benchmarks.scaling import GPU, MODEL, active_weights, on_gpus
 from benchmarks.timing import time_in_turn
 
@@ -131,7 +131,8 @@ def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
 
 def test_rows_between_nodes_take_as_long_as_the_fullest_rank() -> None:
     """A message of few bytes takes 1 ms, and 1000 bytes take 1 ms more."""
-    times_ms = {"link few": [1.0], **{f"link {kind}": [CALIBRATION / 1000 + 1] for kind in KINDS}}
+    once_ms = {"link few": 1.0, **{f"link {kind}": CALIBRATION / 1000 + 1 for kind in KINDS}}
+    times_ms = {link: [REPEATS * ms] for link, ms in once_ms.items()}
     links = Links(times_ms, nodes=2)
     assert links.megabits() == dict.fromkeys(KINDS, pytest.approx(8.0))
     # Rank 0 dispatches 3000 bytes and 1000 come to it; half as many go back.

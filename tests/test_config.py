@@ -20,13 +20,14 @@ KEYS = [
     "data.train", "data.heldout", "data.tokenizer", "data.sequence_length", "data.batch_size", "data.heldout_batches",
     "data.separate_documents",
     "train.steps", "train.learning_rate", "train.min_learning_rate", "train.warmup_steps", "train.weight_decay",
-    "train.beta1", "train.beta2", "train.clip_grad_norm", "train.load_balance", "train.seed", "train.dtype",
-    "train.micro_batches", "train.recompute", "train.log_every", "train.save_every",
+    "train.beta1", "train.beta2", "train.clip_grad_norm", "train.load_balance", "train.load_balance_of", "train.seed",
+    "train.dtype", "train.micro_batches", "train.recompute", "train.log_every", "train.save_every",
     "parallel.pipeline_parallel_size", "parallel.pipeline_schedule", "parallel.pipeline_layers",
     "parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.expert_parallel_size",
     "parallel.expert_tensor_parallel_size", "parallel.reshard_after_forward", "parallel.device", "parallel.timeout_s",
     "moe.combine", "moe.placement", "moe.transport", "moe.fp8_dispatch", "moe.fixed_rows",
     "routing.rule", "routing.top_t", "routing.profile", "routing.lists", "routing.max_devices",
+    "routing.num_groups", "routing.tighten_steps", "routing.weights",
     "output.folder", "output.resume", "output.keep_checkpoints", "output.async_save",
 ]  # fmt: skip
 
@@ -60,7 +61,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 56
+    assert len(KEYS) == 60
     assert len(KEYS) <= 60
 
 
@@ -120,7 +121,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "wrong type": (changed(data__batch_size="many"), r"data\.batch_size: .* valid integer.*, got 'many'; correct"),
     "half a step": (changed(train__steps=1.5), r"train\.steps: .* valid integer.*, got 1\.5"),
     "unknown dtype": (changed(train__dtype="fp8"), r"train\.dtype: .*'float32' or 'bfloat16', got 'fp8'"),
-    "unknown rule": (changed(routing__rule="top2"), r"routing\.rule: .*'topk', 'c2r' or 'c2r_grouped', got 'top2'"),
+    "unknown rule": (
+        changed(routing__rule="top2"),
+        r"routing\.rule: .*'topk', 'group_limited', 'c2r' or 'c2r_grouped', got 'top2'",
+    ),
     "unknown combine": (changed(moe__combine="sum"), r"moe\.combine: .*'per_device' or 'per_expert', got 'sum'"),
     "checkpoint and a size": (
         changed(model__vocab_size=64),

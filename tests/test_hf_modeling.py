@@ -24,7 +24,7 @@ from tests.small_models import (
 )
 
 MODELING = Path(__file__).parents[1] / "checkpoint_tools" / "hf_modeling"
-RULES = ["topk", "c2r", "c2r_grouped"]
+RULES = ["topk", "group_limited", "c2r", "c2r_grouped"]
 
 
 @settings(deadline=None)  # the first case imports transformers
@@ -96,15 +96,18 @@ def moe_by_hand(weights: dict[str, Tensor], config: dict[str, Any], layer: int, 
     gate = f"{at}.gate.gate_network"
     w = {name: tensor.to(x.dtype) for name, tensor in weights.items() if name.startswith(at)}
     rule, k = config["routing_rule"], config["num_selects"]
-    lists = config["collaborative_list"][layer] if rule != "topk" else None
+    lists = config["collaborative_list"][layer] if rule.startswith("c2r") else None
     device = config["device_of_expert"][layer] if rule == "c2r_grouped" else None
+    if rule == "group_limited":
+        device = [e * config["num_groups"] // config["num_experts"] for e in range(config["num_experts"])]
+    top_t, most = (v[layer] if isinstance(v := config.get(key, 0), list) else v for key in ("top_t", "max_devices"))
     y = torch.zeros_like(x)
     for t, row in enumerate(x):
         if f"{gate}.weight" in w:
             logits = w[f"{gate}.weight"] @ row
         else:
             logits = w[f"{gate}.2.weight"] @ torch.tanh(w[f"{gate}.0.weight"] @ row)
-        ids = select_by_hand(logits.tolist(), k, lists, config.get("top_t", 0), device, config.get("max_devices", 0))
+        ids = select_by_hand(logits.tolist(), k, lists, top_t, device, most)
         for e, p in zip(ids, torch.softmax(logits[ids], dim=0), strict=True):
             up, gated, down = (w[f"{at}.calculator.experts.weight_{name}.{e}"] for name in ("up", "gate", "down"))
             y[t] += p * config["score_scale_factor"] * (down @ (F.silu(gated @ row) * (up @ row)))
@@ -214,9 +217,11 @@ BAD_CONFIGS = {
     "small T": ({"top_t": 0}, "needs collaborative_list and top_t in 1..7, got top_t 0"),
     "T is E": ({"top_t": 8}, "needs collaborative_list and top_t in 1..7, got top_t 8"),
     "no list": ({"collaborative_list": None}, "needs collaborative_list"),
-    "rule": ({"routing_rule": "x"}, "routing_rule is 'x', known are topk, c2r, c2r_grouped"),
+    "rule": ({"routing_rule": "x"}, "routing_rule is 'x', known are topk, group_limited, c2r, c2r_grouped"),
     "grouped": ({"routing_rule": "c2r_grouped"}, "needs device_of_expert and max_devices"),
     "unequal": ({"size_experts": [[6, 6, 6, 6, 6, 6, 5, 7]] * 2}, "size_experts must all be equal"),
+    "T of a layer": ({"top_t": [3, 8]}, r"top_t in 1..7, got top_t \[3, 8\]"),
+    "groups": ({"routing_rule": "group_limited", "num_groups": 3}, "needs max_devices and num_groups, a divisor of 8"),
     "scales": ({"score_scale_factor": [1.0, 2.0]}, "score_scale_factor must be one number"),
 }
 

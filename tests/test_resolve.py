@@ -82,13 +82,13 @@ def test_rule_of_the_model_stays_unless_the_run_sets_one(files: Path, tmp_path: 
 
     assert kept == read_model_config(tmp_path / "c2r" / "model.json").moe
     assert kept.routing.rule == "c2r"
-    assert replaced.routing.model_dump(exclude_none=True) == {"rule": "topk"}
+    assert replaced.routing.model_dump(exclude_defaults=True) == {}
 
 
 @pytest.mark.parametrize("top_t", [1, 3, 7])
 def test_c2r_gets_the_lists_of_the_profile(top_t: int, files: Path, tmp_path: Path) -> None:
     rule = ("routing.rule=c2r", "routing.profile={files}/profile.npz", f"routing.top_t={top_t}")
-    assert moe_of(files, tmp_path, *rule).routing.model_dump(exclude_none=True) == {
+    assert moe_of(files, tmp_path, *rule).routing.model_dump(exclude_defaults=True) == {
         "rule": "c2r",
         "top_t": top_t,
         "lists": collaboration_lists(read_profile(files / "profile.npz").counts),
@@ -101,7 +101,7 @@ def test_c2r_gets_published_lists_with_their_t(files: Path, tmp_path: Path) -> N
     rule = ("routing.rule=c2r", "routing.lists={out}/config.json")
     for more, top_t in (((), 4), (("routing.top_t=2",), 2)):
         found = moe_of(files, tmp_path, *rule, *more).routing
-        assert found.model_dump(exclude_none=True) == {"rule": "c2r", "top_t": top_t, "lists": lists}
+        assert found.model_dump(exclude_defaults=True) == {"rule": "c2r", "top_t": top_t, "lists": lists}
 
 
 def test_c2r_grouped_gets_the_devices_of_the_placement_not_of_its_cut(files: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.small_models import dense_folder, edit_json, edit_weights, moe_checkp
 
 pytest.importorskip("ep_engine.model")
 
-RULES = ["topk", "c2r", "c2r_grouped"]
+RULES = ["topk", "group_limited", "c2r", "c2r_grouped"]
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {},

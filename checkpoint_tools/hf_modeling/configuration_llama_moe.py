@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
-RULES = ("topk", "c2r", "c2r_grouped")
+RULES = ("topk", "group_limited", "c2r", "c2r_grouped")
 # Options of the published configuration class that change the mathematics, and the one value implemented here.
 FIXED = {
     "gate_type": "TopKBalancedNoisyGate",
@@ -29,11 +29,14 @@ class LlamaMoEConfig(LlamaConfig):
         size_experts: [L][E], hidden width of every expert, all equal; None: intermediate_size / E each.
         gate_network: `linear`, one (E, D) matrix, or `mlp`, (E, D), tanh, (E, E).
         score_scale_factor: factor on the combine weights.
-        routing_rule: `topk`, `c2r` (arXiv:2504.01337) or `c2r_grouped`; None: `c2r` if there is a list, else `topk`.
-        top_t: T, how many collaborators of the top-1 expert are candidates, in K-1..E-1.
+        routing_rule: `topk`, `group_limited`, `c2r` (arXiv:2504.01337) or `c2r_grouped`; None: `c2r` if there is a
+            list, else `topk`.
+        top_t: T, how many collaborators of the top-1 expert are candidates, in K-1..E-1; or [L], that of every layer.
         collaborative_list: [L][E][E], row i: all experts, closest collaborator of i first, i itself last.
-        max_devices: M of `c2r_grouped`, in 1..: the experts of a token live on at most M devices.
+        max_devices: M, in 1..: the experts of a token live on at most M devices (`c2r_grouped`) or in M groups
+            (`group_limited`); or [L], that of every layer.
         device_of_expert: [L][E], the device of every expert; `c2r_grouped` reads it.
+        num_groups: equal groups of experts with consecutive ids; `group_limited` reads it.
 
     Raises:
         ValueError: an option asks for what this file does not compute.
@@ -53,10 +56,11 @@ class LlamaMoEConfig(LlamaConfig):
         gate_network: str = "mlp",
         score_scale_factor: float = 1.0,
         routing_rule: str | None = None,
-        top_t: int | None = None,
+        top_t: int | list[int] | None = None,
         collaborative_list: list[list[list[int]]] | None = None,
-        max_devices: int | None = None,
+        max_devices: int | list[int] | None = None,
         device_of_expert: list[list[int]] | None = None,
+        num_groups: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.num_experts = num_experts
@@ -69,6 +73,7 @@ class LlamaMoEConfig(LlamaConfig):
         self.collaborative_list = collaborative_list
         self.max_devices = max_devices
         self.device_of_expert = device_of_expert
+        self.num_groups = num_groups
         for name, only in FIXED.items():
             setattr(self, name, kwargs.pop(name, only))
         super().__init__(**kwargs)
@@ -95,7 +100,12 @@ class LlamaMoEConfig(LlamaConfig):
             raise ValueError(f"routing_rule is {self.routing_rule!r}, known are {', '.join(RULES)}")
         if self.routing_rule == "topk":
             return
-        if self.collaborative_list is None or self.top_t is None or not k - 1 <= self.top_t <= e - 1:
+        if self.routing_rule == "group_limited":
+            if self.num_groups is None or self.max_devices is None or e % self.num_groups:
+                raise ValueError(f"routing_rule group_limited needs max_devices and num_groups, a divisor of {e}")
+            return
+        each_t = self.top_t if isinstance(self.top_t, list) else [self.top_t]
+        if self.collaborative_list is None or not all(t is not None and k - 1 <= t <= e - 1 for t in each_t):
             raise ValueError(
                 f"routing_rule {self.routing_rule} needs collaborative_list and top_t in {k - 1}..{e - 1}, "
                 f"got top_t {self.top_t}"

@@ -41,7 +41,7 @@ def select_experts(
         top_k: K in 1..E.
         list_EE: (E, E) int64; row i lists all experts, closest collaborator of i first, i last. None: plain top-k.
         top_t: T of C2R in K-1..E-1: the candidates are the first T of the row of the top-1 expert.
-        device_E: (E,) int64, the device of every expert, in 0..; None: no bound on devices.
+        device_E: (E,) int64, the device of every expert, in 0.., or its group; None: no bound on devices.
         max_devices: M: the experts of a token live on at most M devices, the top-1 expert's among them. Candidates
             outside are dropped; if fewer than K-1 remain, the row is followed further, inside those devices.
 
@@ -50,8 +50,11 @@ def select_experts(
     """
     order_TE = scores_TE.sort(dim=1, descending=True, stable=True).indices
     first_T1 = order_TE[:, :1]
-    if list_EE is None or top_k == 1:
+    if top_k == 1 or (list_EE is None and device_E is None):
         return order_TE[:, :top_k]
+    if list_EE is None:
+        outside_TE = ~_on_first_devices(order_TE, device_E, max_devices).gather(1, order_TE)
+        return order_TE.gather(1, outside_TE.to(torch.uint8).sort(dim=1, stable=True).indices)[:, :top_k]
     row_TE = list_EE[first_T1[:, 0]][:, :-1]  # the top-1 expert itself stands last and is no candidate
     inside_TE = torch.ones_like(row_TE, dtype=torch.bool)
     if device_E is not None:
@@ -161,14 +164,22 @@ class LlamaMoEBlock(nn.Module):
 
     def _make_tables(self, device: torch.device) -> dict[str, Any]:
         config = self.config
+        if config.routing_rule == "group_limited":
+            groups = torch.arange(config.num_experts, device=device) * config.num_groups // config.num_experts
+            return {"device_E": groups, "max_devices": self._of_layer(config.max_devices)}
         if config.routing_rule == "topk" or config.collaborative_list is None:
             return {}
-        tables = {"list_EE": torch.tensor(config.collaborative_list[self.layer], device=device), "top_t": config.top_t}
+        rows_EE = torch.tensor(config.collaborative_list[self.layer], device=device)
+        tables = {"list_EE": rows_EE, "top_t": self._of_layer(config.top_t)}
         if config.routing_rule == "c2r_grouped" and config.device_of_expert is not None:
             devices = torch.tensor(config.device_of_expert[self.layer])
             renumbered = torch.unique(devices, return_inverse=True)[1].to(device)
-            tables |= {"device_E": renumbered, "max_devices": config.max_devices}
+            tables |= {"device_E": renumbered, "max_devices": self._of_layer(config.max_devices)}
         return tables
+
+    def _of_layer(self, value: Any) -> Any:
+        """A field that is one value, or a list with one for every layer."""
+        return value[self.layer] if isinstance(value, list) else value
 
 
 class _LlamaMoELoading:
