@@ -8,7 +8,8 @@ without a cap on the load where it is compared with them, and once with it.
     noiseless    60 and 64 experts, 8 devices: are the hidden groups found?
     noisy        the same between noise and with busy experts: pairs inside devices, on every layer
     large        256 experts, 64 devices on 8 nodes, k 8: the devices and nodes of a token, from the tokens themselves,
-                 with a cap of 1.1, beside METIS that cuts nodes first and then devices
+                 with a cap of 1.1, beside METIS that cuts nodes first and then devices, and has no cap
+    large, free  the same where the groups are hardly to be seen, on a few layers, without a cap for either
 """
 
 import argparse
@@ -22,11 +23,13 @@ from numpy.typing import NDArray
 from benchmarks.placement_peers import PEERS, recursive_metis
 from benchmarks.planted import Planted
 from benchmarks.timing import write_results
-from ep_engine.locality import distinct_groups, fraction_inside
+from ep_engine.locality import device_load, distinct_groups, fraction_inside
 from ep_engine.place import LOAD_CAP, NODE_WEIGHT, place
 from ep_engine.placement import Placement
 
 DEVICES = 8
+FAINT = (1.0, 2.0)
+FEW = 4  # layers
 BONUSES = (0.5, 1.0, 2.0, 3.0)  # from routing that is nearly noise to groups that are plain to see
 
 
@@ -68,12 +71,21 @@ def noisy(experts: int, layers: int, tokens: int, bonus: float) -> dict[str, Any
     return result
 
 
-def large(layers: int, tokens: int, devices: int = 64, nodes: int = 8) -> dict[str, Any]:
+def large(
+    layers: int,
+    tokens: int,
+    *,
+    bonus: float = 3.0,
+    load_cap: float | None = LOAD_CAP,
+    devices: int = 64,
+    nodes: int = 8,
+) -> dict[str, Any]:
     """What ours, METIS, the order of ids and the hidden groups cost: devices and nodes of a token."""
-    shape = Planted(256, 8, devices, nodes)
+    shape = Planted(256, 8, devices, nodes, bonus=bonus)
     ids_LTK, counted, hidden = shape.layers(layers, tokens, seed=200)
     started = time.perf_counter()
-    placement, found = place(counted, devices, nodes=nodes, objective="distinct-devices", ids_LTK=ids_LTK)
+    given: dict[str, Any] = {"objective": "distinct-devices", "ids_LTK": ids_LTK, "load_cap": load_cap}
+    placement, found = place(counted, devices, nodes=nodes, **given)
     seconds = time.perf_counter() - started
     by_id = Placement.contiguous(256, devices, 1, nodes=nodes).device_of_expert(0)
     started = time.perf_counter()
@@ -97,6 +109,9 @@ def large(layers: int, tokens: int, devices: int = 64, nodes: int = 8) -> dict[s
         },
         "bound": {"devices": found["bound"]["distinct_devices"], "nodes": found["bound"]["distinct_nodes"]},
         "load_max_over_mean": max_load(found),
+        "metis_load_max_over_mean": max(
+            float(device_load(counted.load[n], metis[n], devices).max()) for n in range(layers)
+        ),
         "other_caps": len(found["other_caps"]),
         "layers_no_worse_than_metis": int((both["ours"] <= both["metis"]).sum()),
         "layers_no_worse_in_devices": sum(
@@ -140,6 +155,9 @@ def main() -> None:
             results[title] = noisy(experts, args.layers, args.tokens, bonus)
     if args.large_layers:
         results["large"] = large(args.large_layers, args.large_tokens)
+        for bonus in FAINT:
+            few = min(args.large_layers, FEW)
+            results[f"large, free, bonus {bonus}"] = large(few, args.large_tokens, bonus=bonus, load_cap=None)
     setting = {**{key: value for key, value in vars(args).items() if key != "json"}, "load_cap": LOAD_CAP}
     write_results(args.json, __doc__.splitlines()[0], setting | {"node_weight": NODE_WEIGHT}, results)
 

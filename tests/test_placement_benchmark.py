@@ -43,6 +43,7 @@ def test_placement_ours_is_compared_on_every_layer() -> None:
     assert {found[name]["layers_no_worse"] for name in PEERS} == {2}
     assert found["contiguous"] < found["ours"] <= found["bound"]
     planted = large(1, 2000, devices=16, nodes=4)
+    assert planted["metis_load_max_over_mean"] >= 1
     assert planted["layers_no_worse_than_metis"] in (0, 1)
     assert planted["hidden"]["both"] == pytest.approx(planted["hidden"]["devices"] + 8 * planted["hidden"]["nodes"])
     assert planted["bound"]["devices"] <= planted["ours"]["devices"] <= planted["contiguous"]["devices"]
