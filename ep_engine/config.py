@@ -178,9 +178,7 @@ class RoutingSection(_Section):
     top_t: int | list[int] | None = None
     """T, in k-1..E-1; or a list of that of every layer"""
     profile: Path | None = None
-    """profile.npz of `ep-engine profile`, from which the collaboration lists are made"""
-    lists: Path | None = None
-    """published lists instead: a config.json with collaborative_list (and top_t), or a pickle of them"""
+    """profile.npz, from which collaboration lists are made; or published lists: config.json (with top_t), or a .pkl"""
     max_devices: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 1
     """M, devices of moe.placement (c2r_grouped) or groups (group_limited) of a token; or a list of every layer's"""
     num_groups: int | None = Field(None, ge=1)
@@ -200,6 +198,8 @@ class OutputSection(_Section):
     """go on from the last checkpoint in the folder, in any layout"""
     keep_checkpoints: int | None = Field(None, ge=1)
     """checkpoints that stay; older ones are deleted after a save [all]"""
+    watch: bool = True
+    """count co-activation, and compare the placement in use with one solved for the last steps; leaves profile.npz"""
     async_save: bool = True
     """checkpoints are written while training goes on, from a copy in host memory, 12 bytes per weight of a rank"""
 

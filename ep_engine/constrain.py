@@ -16,8 +16,8 @@ _READ_BY_RULE: dict[str | None, set[str]] = {
     None: set(),
     "topk": {"rule"},
     "group_limited": {"rule", "num_groups", "max_devices", "tighten_steps", "weights"},
-    "c2r": {"rule", "profile", "lists", "top_t", "tighten_steps", "weights"},
-    "c2r_grouped": {"rule", "profile", "lists", "top_t", "max_devices", "tighten_steps", "weights"},
+    "c2r": {"rule", "profile", "top_t", "tighten_steps", "weights"},
+    "c2r_grouped": {"rule", "profile", "top_t", "max_devices", "tighten_steps", "weights"},
 }
 
 
@@ -85,18 +85,14 @@ def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]]
     """Collaboration lists of all layers, and the T that stands beside them, if one does."""
     routing = config.routing
     assert model.moe is not None, "the caller has asked"
-    if (routing.profile is None) == (routing.lists is None):
-        raise UserError(
-            f"routing.rule {routing.rule} needs either routing.profile ({routing.profile}) or routing.lists "
-            f"({routing.lists}); make a profile with `ep-engine profile`"
-        )
-    if routing.lists is not None:
-        lists, top_t = read_lists(routing.lists)
-        _check_shape("routing.lists", routing.lists, (len(lists), len(lists[0])), model)
+    if routing.profile is None:
+        raise UserError(f"routing.rule {routing.rule} needs routing.profile; make one with `ep-engine profile`")
+    if routing.profile.suffix in (".json", ".pkl"):
+        lists, top_t = read_lists(routing.profile)
+        _check_shape(routing.profile, (len(lists), len(lists[0])), model)
         return lists, top_t
-    assert routing.profile is not None, "just checked"
     profile = read_profile(routing.profile)
-    _check_shape("routing.profile", routing.profile, profile.counts.shape[:2], model)
+    _check_shape(routing.profile, profile.counts.shape[:2], model)
     made_of = profile.about.get("model_hash")
     if config.model.checkpoint is not None and made_of is not None:
         found = hash_of_model(config.model.checkpoint)
@@ -108,11 +104,11 @@ def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]]
     return collaboration_lists(profile.counts), None
 
 
-def _check_shape(key: str, path: Path, shape: tuple[int, ...], model: ModelConfig) -> None:
+def _check_shape(path: Path, shape: tuple[int, ...], model: ModelConfig) -> None:
     assert model.moe is not None, "the caller has asked"
     if shape != (model.num_layers, model.moe.num_experts):
         raise UserError(
-            f"{key} {path} has {shape[0]} layers of {shape[1]} experts, the model {model.num_layers} of "
+            f"routing.profile {path} has {shape[0]} layers of {shape[1]} experts, the model {model.num_layers} of "
             f"{model.moe.num_experts}; profile this model"
         )
 

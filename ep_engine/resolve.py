@@ -28,7 +28,6 @@ _INPUTS = (
     ("data", "tokenizer"),
     ("moe", "placement"),
     ("routing", "profile"),
-    ("routing", "lists"),
 )
 
 

@@ -26,9 +26,9 @@ KEYS = [
     "parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.expert_parallel_size",
     "parallel.expert_tensor_parallel_size", "parallel.reshard_after_forward", "parallel.device", "parallel.timeout_s",
     "moe.combine", "moe.placement", "moe.transport", "moe.fp8_dispatch", "moe.fixed_rows",
-    "routing.rule", "routing.top_t", "routing.profile", "routing.lists", "routing.max_devices",
+    "routing.rule", "routing.top_t", "routing.profile", "routing.max_devices",
     "routing.num_groups", "routing.tighten_steps", "routing.weights",
-    "output.folder", "output.resume", "output.keep_checkpoints", "output.async_save",
+    "output.folder", "output.resume", "output.keep_checkpoints", "output.watch", "output.async_save",
 ]  # fmt: skip
 
 RAW: dict[str, dict[str, Any]] = {

@@ -98,7 +98,7 @@ def test_c2r_gets_the_lists_of_the_profile(top_t: int, files: Path, tmp_path: Pa
 def test_c2r_gets_published_lists_with_their_t(files: Path, tmp_path: Path) -> None:
     lists = collaboration_lists(random_profile(2, 8, seed=5).counts)
     (tmp_path / "config.json").write_text(json.dumps({"collaborative_list": lists, "top_t": 4}))
-    rule = ("routing.rule=c2r", "routing.lists={out}/config.json")
+    rule = ("routing.rule=c2r", "routing.profile={out}/config.json")
     for more, top_t in (((), 4), (("routing.top_t=2",), 2)):
         found = moe_of(files, tmp_path, *rule, *more).routing
         assert found.model_dump(exclude_defaults=True) == {"rule": "c2r", "top_t": top_t, "lists": lists}

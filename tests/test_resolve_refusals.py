@@ -196,18 +196,12 @@ REFUSALS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "c2r without a profile": (
         1,
         ("routing.rule=c2r", "routing.top_t=3"),
-        r"^routing\.rule c2r needs either routing\.profile \(None\) or routing\.lists \(None\); make a profile with "
-        "`ep-engine profile`$",
+        r"^routing\.rule c2r needs routing\.profile; make one with `ep-engine profile`$",
     ),
-    "grouped without a profile": (1, ("routing.rule=c2r_grouped",), r"^routing\.rule c2r_grouped needs either routing"),
-    "profile and lists": (
-        1,
-        (*C2R, "routing.lists={files}/config.json"),
-        r"needs either routing\.profile \(.*\.npz\) or routing\.lists \(.*\.json\)",
-    ),
+    "grouped without a profile": (1, ("routing.rule=c2r_grouped",), r"^routing\.rule c2r_grouped needs routing\.prof"),
     "lists are missing": (
         1,
-        ("routing.rule=c2r", "routing.lists=none.json"),
+        ("routing.rule=c2r", "routing.profile=none.json"),
         r"^lists none\.json cannot be read .*; give a config\.json with collaborative_list$",
     ),
     "profile is missing": (
@@ -306,8 +300,8 @@ def test_profile_of_other_weights_is_refused(files: Path, tmp_path: Path) -> Non
 def test_lists_of_another_model_are_refused(num_layers: int, num_experts: int, files: Path, tmp_path: Path) -> None:
     lists = collaboration_lists(random_profile(num_layers, num_experts, seed=0).counts)
     (tmp_path / "config.json").write_text(json.dumps({"collaborative_list": lists, "top_t": 3}))
-    sentence = rf"^routing\.lists .* has {num_layers} layers of {num_experts} experts, the model 2 of 8; profile this"
-    refuse(files, tmp_path, sentence, "routing.rule=c2r", "routing.lists={out}/config.json")
+    sentence = rf"^routing\.profile .* has {num_layers} layers of {num_experts} experts, the model 2 of 8; profile this"
+    refuse(files, tmp_path, sentence, "routing.rule=c2r", "routing.profile={out}/config.json")
 
 
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(3, 8), (1, 8), (2, 6), (2, 9)])
