@@ -176,10 +176,11 @@ def profile_command(
 
 @app.command("place")
 def place_command(
-    profile: Annotated[Path, typer.Argument(help="profile.npz of `ep-engine profile`")],
-    devices: Annotated[int, typer.Option(help="devices that share the experts of a layer")],
     out: Annotated[Path, typer.Option(help="placement.json to write")],
-    nodes: Annotated[int, typer.Option(min=1, help="nodes that the devices are parts of")] = 1,
+    profile: Annotated[Path | None, typer.Argument(help="profile.npz of `ep-engine profile`")] = None,
+    from_run: Annotated[Path | None, typer.Option(help="run folder, whose last steps are the profile instead")] = None,
+    devices: Annotated[int | None, typer.Option(help="that share the experts of a layer [as in the run]")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="that the devices are part of [as in the run or 1]")] = None,
     objective: Annotated[Objective, typer.Option(help="what is made best; the two are one for top_k 2")] = "pairs",
     trace: Annotated[Path | None, typer.Option(help="experts of every token, for distinct-devices")] = None,
     load_cap: Annotated[str, typer.Option(help="most tokens of a device relative to the mean, or none")] = "1.1",
@@ -195,14 +196,15 @@ def place_command(
 
     from ep_engine.collaboration import read_profile
     from ep_engine.output import check_output_file
-    from ep_engine.place import check_fits, parse_cap, place, print_placement
+    from ep_engine.place import asked_of, check_fits, parse_cap, place, print_placement
     from ep_engine.progress import bar
     from ep_engine.routing_trace import read_ids
 
     cap = parse_cap(load_cap)
     check_output_file(out, overwrite=overwrite)
-    counted = read_profile(profile)
-    check_fits(counted, devices, profile)
+    path, devices, nodes = asked_of(profile, from_run, devices, nodes)
+    counted = read_profile(path)
+    check_fits(counted, devices, path)
     ids = None if trace is None else read_ids(trace, counted.num_layers, counted.num_experts, counted.top_k).numpy()
     with bar("placing layers", counted.num_layers) as advance:
         placement, found = place(
@@ -238,6 +240,8 @@ def _print_line(line: dict[str, Any]) -> None:
         f"{line['tokens_per_second']:.0f} tokens/s",
         err=True,
     )
+    if alarm := line.get("placement", {}).get("alarm"):
+        typer.echo(f"step {line['placement']['step']:>6}  {alarm}", err=True)
     sys.stderr.flush()
 
 

@@ -3,6 +3,7 @@
 Letters:  L MoE layers   E experts   K top_k
 """
 
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -121,3 +122,48 @@ def collaboration_lists(counts_LEE: NDArray[np.int64]) -> list[list[list[int]]]:
     masked[:, range(num_experts), range(num_experts)] = -1
     lists: list[list[list[int]]] = np.argsort(-masked, axis=2, kind="stable").tolist()
     return lists
+
+
+def agreement(one_LEE: NDArray[np.int64], other_LEE: NDArray[np.int64]) -> list[float]:
+    """Correlation, in [-1, 1], of the pairs that two counts of the same model have, for each layer; NaN where either
+    has the same number everywhere.
+
+    Of two halves of a profile it says how far another text of that length would agree.
+    """
+    rows, columns = np.triu_indices(one_LEE.shape[1], 1)
+    layers = zip(one_LEE.astype(np.float64), other_LEE.astype(np.float64), strict=True)
+    return [_correlation(one[rows, columns], other[rows, columns]) for one, other in layers]
+
+
+def drift(stored_LEE: NDArray[np.int64], recent_LEE: NDArray[np.int64]) -> dict[str, float]:
+    """How far counts have moved from others of the same model, as means over layers.
+
+    Returns:
+        `l1`, half the sum of absolute differences of the shares of pairs, in [0, 1]; `rank_correlation` (Spearman) of
+        the pairs, in [-1, 1], 1 if none has moved past another; layers without pairs are left out.
+    """
+    rows, columns = np.triu_indices(stored_LEE.shape[1], 1)
+    distances, correlations = [], []
+    for stored, recent in zip(stored_LEE, recent_LEE, strict=True):
+        a, b = stored[rows, columns], recent[rows, columns]
+        if a.any() and b.any():
+            distances.append(float(np.abs(a / a.sum() - b / b.sum()).sum()) / 2)
+            correlations.append(_correlation(_ranks(a), _ranks(b)))
+    known = [value for value in correlations if not math.isnan(value)]
+    return {
+        "l1": float(np.mean(distances)) if distances else 0.0,
+        "rank_correlation": float(np.mean(known)) if known else 1.0,
+    }
+
+
+def _ranks(values: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Ranks from 0, the mean of theirs for equal values."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks: NDArray[np.float64] = ((ends - counts + ends - 1) / 2)[inverse]
+    return ranks
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    spread = float(a.std() * b.std())
+    return float(((a - a.mean()) * (b - b.mean())).mean()) / spread if spread else math.nan

@@ -50,21 +50,6 @@ def _describe_layer(counts_EE: NDArray[np.int64], load_E: NDArray[np.int64]) -> 
     }
 
 
-def agreement(one_LEE: NDArray[np.int64], other_LEE: NDArray[np.int64]) -> list[float]:
-    """Correlation, in [-1, 1], of the pairs that two counts of the same model have, for each layer; NaN where either
-    has the same number everywhere.
-
-    Of two halves of a profile it says how far another text of that length would agree.
-    """
-    rows, columns = np.triu_indices(one_LEE.shape[1], 1)
-    found = []
-    for one, other in zip(one_LEE, other_LEE, strict=True):
-        a, b = one[rows, columns].astype(np.float64), other[rows, columns].astype(np.float64)
-        spread = float(a.std() * b.std())
-        found.append(float(((a - a.mean()) * (b - b.mean())).mean()) / spread if spread else math.nan)
-    return found
-
-
 def draw_collaboration(profile: Profile, halves: list[tuple[int, float]]) -> Figure:
     """Heat maps of the first layers, experts in the order of their ids; then collaboration and load of every layer, and
     the agreement of halves as the profile grew (tokens of a half, mean correlation).

@@ -101,6 +101,14 @@ class Ledger:
                 per_token[direction] += num_bytes / max(self.tokens[layer], 1)
         return {**per_token, "total": sum(per_token.values())}
 
+    def bytes_by_tier(self) -> dict[str, float]:
+        """Bytes that left a rank, per token and over all layers and directions, by the tier of the link."""
+        found = {tier: 0.0 for tier in TIERS if tier != "self"}
+        for (layer, _, tier), num_bytes in self.sent.items():
+            if tier != "self":
+                found[tier] += num_bytes / max(self.tokens[layer], 1)
+        return found
+
     def rows_per_token(self, protocol: str, *, remote: bool) -> float:
         """Rows per token in the forward dispatch of a layer, on average: all of them, or those that left a rank."""
         self.read()

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ep_engine.collaboration import Profile
+from ep_engine.config import load_config
 from ep_engine.errors import UserError
 from ep_engine.locality import Counted, Figures, bound_layer, describe_layer, replicated_load
-from ep_engine.placement import Placement
+from ep_engine.placement import Placement, read_placement
 from ep_engine.solver import ANY, Effort, Found, least_room, solve
 
 Objective = Literal["pairs", "distinct-devices"]
@@ -82,7 +83,7 @@ def place(
     def one(layer: int) -> tuple[list[int], dict[str, Any]]:
         ids_TK = None if ids_LTK is None else ids_LTK[layer]
         of = Counted(profile.counts[layer], profile.load[layer], profile.top_k, ids_TK)
-        found, cap = _search(
+        found, cap = search_layer(
             of, devices, nodes, objective, load_cap, Effort.for_experts(profile.num_experts, seed + layer, seconds)
         )
         figures: dict[str, Any] = {
@@ -107,6 +108,30 @@ def place(
     if strict:
         _refuse_other_caps(figures_of_layer, load_cap)
     return contiguous.model_copy(update={"layers": layers}), _over_layers(figures_of_layer, objective, load_cap)
+
+
+def asked_of(
+    profile: Path | None, from_run: Path | None, devices: int | None, nodes: int | None
+) -> tuple[Path, int, int]:
+    """The profile, devices and nodes of the command line, those of a run where it names one.
+
+    Raises:
+        UserError: neither or both of profile and run, no devices, or a run folder without run.toml.
+    """
+    if (profile is None) == (from_run is None):
+        raise UserError(f"give either a profile ({profile}) or --from-run ({from_run}), what to place by")
+    if from_run is None:
+        if devices is None:
+            raise UserError("--devices (None) is missing, the devices that share the experts of a layer; give it")
+        assert profile is not None, "just checked"
+        return profile, devices, nodes or 1
+    config = load_config(from_run / "run.toml")
+    in_use = None if config.moe.placement is None else read_placement(config.moe.placement)
+    if devices is None:
+        devices = config.parallel.expert_parallel_size if in_use is None else in_use.devices
+    if nodes is None:
+        nodes = in_use.nodes if in_use is not None and devices == in_use.devices else 1
+    return from_run / "profile.npz", devices, nodes
 
 
 def check_fits(profile: Profile, devices: int, path: Path) -> None:
@@ -155,7 +180,7 @@ def _check_cap(load_cap: float | None) -> None:
         )
 
 
-def _search(
+def search_layer(
     of: Counted, devices: int, nodes: int, objective: Objective, load_cap: float | None, effort: Effort
 ) -> tuple[Found, float | None]:
     """The placement of a layer, and the cap that it holds."""

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ep_engine import checkpoint, ops
-from ep_engine.collaboration import Profile
-from ep_engine.collaboration_report import agreement
+from ep_engine.collaboration import Profile, agreement
 from ep_engine.corpus import encode_files, text_files
 from ep_engine.errors import UserError
 from ep_engine.load_balance import RouterStatistics

@@ -4,7 +4,8 @@ FOLDER/run.toml                  what was asked, with the layout and the version
 FOLDER/job                       torchrun's id of the job, by which ranks that are started again know the folder
 FOLDER/metrics.jsonl             a line every `train.log_every` steps, and before a save
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
-FOLDER/profile.npz               who worked with whom in a MoE model, for `ep-engine place`
+FOLDER/profile.npz               who worked with whom since the save before the last, for `ep-engine place`
+FOLDER/tensorboard               the numbers of metrics.jsonl
 FOLDER/run.lock                  held while the run lives
 FOLDER/summary.json              written last: the figures of the run since `first_step`
 
@@ -24,18 +25,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ep_engine import checkpoint, debug, job, run_folder
 from ep_engine.agreement import check_agreement
-from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.entropy import entropy_sum
 from ep_engine.errors import Fault, UserError
 from ep_engine.evaluate import Evaluation, evaluate
 from ep_engine.initial import initialise
-from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes, World, process_groups
+from ep_engine.metrics import Metrics
 from ep_engine.optimizer import (
     clip_gradients,
     learning_rate,
@@ -47,7 +46,9 @@ from ep_engine.optimizer import (
 from ep_engine.output import whole_file
 from ep_engine.parallelize import build, entries_of
 from ep_engine.pipeline import Pipeline
+from ep_engine.placement_watch import PlacementWatch, stored_profile
 from ep_engine.resolve import Run
+from ep_engine.routing_metrics import RoutingMetrics
 from ep_engine.saver import Saver
 from ep_engine.tokens import Batch, Batches, heldout_batches
 from ep_engine.transport import lost_peer
@@ -136,6 +137,7 @@ class Trainer:
             meshes.stage.get_group(),
             coefficient=train.load_balance,
             of_plain=train.load_balance_of == "plain",
+            counts_pairs=self.config.output.watch,
             num_tokens=rows * data.sequence_length,
             num_parts=train.micro_batches,
         )
@@ -155,11 +157,11 @@ class Trainer:
             loss=lambda logits, targets: entropy_sum(logits, targets) / self.tokens_per_step,
         )
         self.optimizer = make_optimizer(self.stages, train)
-        self.step = self.first_step = self._load()
+        self.step = self.first_step = self._looked_at = self._load()
+        self.routing, self.placement_watch = self._watch_routing()
+        self.metrics = Metrics(self.config.output.folder) if self.rank == 0 else None
         self.batches = Batches(run.train, sequence_length=data.sequence_length, batch_size=rows, seed=train.seed)
-        self.total = Ledger(self.ledger.tier_of_rank)
         self.speeds: list[float] = []
-        self.loads_LE: Tensor | None = None
         self.saver = Saver(
             self.config.output.folder,
             run.model,
@@ -196,21 +198,23 @@ class Trainer:
                     if debug.wanted():
                         self.check_agreement()
                     line = self._metrics(window)
-                self._append(folder / "metrics.jsonl", line)
+                if self.metrics is not None:
+                    self.metrics.append(line)
                 report(line)
                 window = _Window()
             if saving:
                 before = time.perf_counter()
                 with self._peers_watched(f"the save at step {self.step}"):
                     self._save()
+                    self._look_at_placement()
                 window.started += time.perf_counter() - before  # a save is no training
         with self._peers_watched("the evaluation"):
             summary = self._summary()
-            self._save_profile(folder)
         with self._peers_watched(f"the save at step {self.step}"):
             self.saver.wait()
         summary["save_seconds"] = self.saver.blocked_s
-        if self.rank == 0:
+        if self.metrics is not None:
+            self.metrics.close()
             with whole_file(folder / "summary.json") as beside:
                 beside.write_text(json.dumps(summary, indent=1) + "\n")
         return summary
@@ -282,20 +286,10 @@ class Trainer:
             "tokens_per_second": len(window.losses) * self.tokens_per_step / seconds,
         }
         self.speeds.append(line["tokens_per_second"])
-        if self.run.model.moe is not None:
-            load_LE = self.watch.load_LE.clone()
-            self.watch.load_LE.zero_()
-            dist.all_reduce(load_LE, group=self.group)
-            self.loads_LE = load_LE if self.loads_LE is None else self.loads_LE + load_LE
-            ledger = self.ledger.gathered(self.group)
-            self.ledger.reset()
-            self.total.add(ledger)
-            line |= {
-                "load_max_over_mean": max_over_mean(load_LE),
-                "bytes_per_token": ledger.bytes_per_token(),
-                "devices_per_token": ledger.rows_per_token("dedup", remote=False),
-            }
-        return line
+        if self.routing is not None:
+            line |= self.routing.line()
+        found = self.placement_watch.take() if self.placement_watch is not None else None
+        return line | ({"placement": found} if found is not None else {})
 
     def _summary(self) -> dict[str, Any]:
         # The first window pays for warm-up, where there is more than one.
@@ -312,26 +306,10 @@ class Trainer:
         evaluation = self._evaluate()
         if evaluation is not None:
             summary |= {"heldout_loss": evaluation.loss, "heldout_tokens": evaluation.num_tokens}
-        if self.loads_LE is not None and self.run.placement is not None:
-            changed = evaluation.changed_share if evaluation else None
-            summary |= {
-                "changed_share": changed,
-                "load_max_over_mean": max_over_mean(self.loads_LE),
-                "device_load_max_over_mean": max_over_mean(self._per_rank(self.loads_LE)),
-                "ledger": self.total.to_json(),
-            }
-        return summary
-
-    def _per_rank(self, load_LE: Tensor) -> Tensor:
-        """Copies that each rank of an expert-parallel group works on, (L, P)."""
-        placement = self.run.placement
-        assert placement is not None, "only a MoE model has loads"
-        cut = placement.cut(self.config.parallel.expert_parallel_size)
-        load_LP = load_LE.new_zeros(len(load_LE), cut.ep_size)
-        for layer in range(len(load_LE)):
-            ranks = torch.tensor(placement.slot_of_expert(layer), device=load_LE.device) // cut.slots_per_rank
-            load_LP[layer].index_add_(0, ranks, load_LE[layer])
-        return load_LP
+        if self.routing is not None and self.speeds:
+            summary |= self.routing.summary(evaluation.changed_share if evaluation else None)
+        found = self.placement_watch.take(wait=True) if self.placement_watch is not None else None
+        return summary | ({"placement": found} if found is not None else {})
 
     def _evaluate(self) -> Evaluation | None:
         if self.run.heldout is None:
@@ -353,15 +331,28 @@ class Trainer:
         entries = entries_of(self.stages, etp=self.etp) | moment_entries(self.stages, self.optimizer, etp=self.etp)
         self.saver.save(self.step, entries)
 
-    def _save_profile(self, folder: Path) -> None:
-        """Who worked with whom in the steps of this run: `profile.npz`, as `ep-engine profile` writes it."""
-        moe = self.run.model.moe
-        if moe is None:
+    def _watch_routing(self) -> tuple[RoutingMetrics | None, PlacementWatch | None]:
+        """What the routers do, on every rank; and whether their placement is still good, on the first."""
+        moe, placement = self.run.model.moe, self.run.placement
+        if moe is None or placement is None:
+            return None, None
+        ep_size = self.config.parallel.expert_parallel_size
+        routing = RoutingMetrics(placement, ep_size, moe.top_k, self.watch, self.ledger, self.group)
+        if self.rank or ep_size == 1 or moe.top_k == 1 or not self.watch.counts_pairs:
+            return routing, None
+        return routing, PlacementWatch(placement, stored_profile(self.config.routing.profile))
+
+    def _look_at_placement(self) -> None:
+        """Leave `profile.npz` of the steps since the last save, and begin to compare the placement with them."""
+        if self.routing is None:
             return
-        dist.all_reduce(self.watch.pairs_LEE, group=self.group)
-        about = {"tokens": (self.step - self.first_step) * self.tokens_per_step, "seed": self.config.train.seed}
-        if self.rank == 0:
-            Profile.of_pairs(self.watch.pairs_LEE.cpu().numpy(), moe.top_k, about).save(folder / "profile.npz")
+        since, self._looked_at = self._looked_at, self.step
+        tokens = (self.step - since) * self.tokens_per_step
+        recent = self.routing.recent({"tokens": tokens, "step": self.step, "seed": self.config.train.seed})
+        if self.rank == 0 and recent is not None:
+            recent.save(self.config.output.folder / "profile.npz")
+            if self.placement_watch is not None:
+                self.placement_watch.look(recent, self.step)
 
     @contextmanager
     def folder_opened(self) -> Iterator[None]:
@@ -385,24 +376,7 @@ class Trainer:
             run_folder.empty(folder)  # `resolve` asked whether that is wanted
         else:
             name = f"run.from-{self.step}.toml"
-            self._forget_later_steps(folder / "metrics.jsonl")
+            Metrics(folder).forget_after(self.step)
         job.mark(folder)  # first: a folder with anything in it is known to be ours
         layout = f"# {self.num_ranks} ranks on {self.device.type}, torch {torch.__version__}\n"
         (folder / name).write_text(layout + to_toml(self.config), encoding="utf-8")
-
-    def _forget_later_steps(self, metrics: Path) -> None:
-        """Drop the lines of steps that this run does again, and the half of one that a killed run left."""
-        if metrics.exists():
-            whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            with whole_file(metrics) as beside:
-                beside.write_text("".join(line for line in whole if json.loads(line)["step"] <= self.step))
-
-    def _append(self, path: Path, line: dict[str, Any]) -> None:
-        if self.rank == 0:
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def max_over_mean(load: Tensor) -> float:
-    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance."""
-    return float((load.max(dim=1).values / load.mean(dim=1)).mean())

@@ -23,6 +23,7 @@ class RouterWatch:
         of_plain: count in it the choices of plain top-k on the same scores instead of those of the rule in force.
         num_tokens: of one part of a batch, on all ranks.
         num_parts: parts of a batch, over which the loss is the mean.
+        counts_pairs: whether to count who works with whom.
 
     Attributes:
         load_LE: float32, tokens that chose each expert, since it was last set to 0.
@@ -39,18 +40,20 @@ class RouterWatch:
         of_plain: bool = False,
         num_tokens: int,
         num_parts: int,
+        counts_pairs: bool = True,
     ) -> None:
         self.num_layers, experts = (model.num_layers, model.moe.num_experts) if model.moe else (0, 0)
         self.load_LE = torch.zeros(self.num_layers, experts, device=device)
         self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
         self._stage, self._coefficient = stage, coefficient / num_parts
-        self._num_tokens, self._of_plain = num_tokens, of_plain
+        self._num_tokens, self._of_plain, self.counts_pairs = num_tokens, of_plain, counts_pairs
 
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         """See `model.Watch`."""
         for layer, router in routers.items():
             self.load_LE[layer] += router.load_E
-            ops.count_pairs(router.ids_TK, self.pairs_LEE[layer])
+            if self.counts_pairs:
+                ops.count_pairs(router.ids_TK, self.pairs_LEE[layer])
         if not routers or self._coefficient == 0:
             return x
         counted = [with_plain_load(router) if self._of_plain else router for router in routers.values()]

@@ -18,12 +18,12 @@ ORDER = [
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "feed_forward", "entropy", "load_balance", "moe_layer", "attention", "model",  # what it is part of
     "tokens", "corpus", "entries", "checkpoint", "saver", "initial",  # what it reads and writes
-    "collaboration", "published", "constrain",
+    "collaboration", "published", "constrain", "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
-    "layout", "resolve", "trainer",  # what trains it
+    "layout", "resolve", "routing_metrics", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "plan_run",
-    "collaboration_report", "profile", "locality", "solver", "place", "report",  # what a user calls
+    "collaboration_report", "profile", "report",  # what a user calls
     "command_line", "quickstart", "cli",
 ]  # fmt: skip
 

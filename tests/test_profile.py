@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ep_engine.collaboration import Profile
-from ep_engine.collaboration_report import agreement, describe_collaboration, draw_collaboration
+from ep_engine.collaboration import Profile, agreement
+from ep_engine.collaboration_report import describe_collaboration, draw_collaboration
 from ep_engine.corpus import text_files
 from ep_engine.errors import UserError
 from ep_engine.mesh import World

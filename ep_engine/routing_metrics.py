@@ -1,0 +1,115 @@
+"""Routing metrics: what the routers and the ledgers of all ranks say of a run, window by window and in all.
+
+Every rank of a job calls the same methods in the same order.
+
+Shape letters:  L MoE layers   E experts   P ranks of an expert-parallel group
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_engine.collaboration import Profile
+from ep_engine.ledger import Ledger
+from ep_engine.placement import Placement
+from ep_engine.watch import RouterWatch
+
+
+class RoutingMetrics:
+    """Of a MoE model.
+
+    Args:
+        placement: in use.
+        ep_size: ranks that share the experts.
+        top_k: K.
+        watch: what this rank's routers did.
+        ledger: what this rank sent.
+        group: all ranks.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        ep_size: int,
+        top_k: int,
+        watch: RouterWatch,
+        ledger: Ledger,
+        group: dist.ProcessGroup,
+    ) -> None:
+        self._watch, self._ledger, self._group, self._top_k = watch, ledger, group, top_k
+        device, layers = watch.load_LE.device, range(watch.num_layers)
+        cut = placement.cut(ep_size)
+        slots_LE = torch.tensor([placement.slot_of_expert(layer) for layer in layers], device=device)
+        self._rank_of_expert_LE, self._ep_size = slots_LE // cut.slots_per_rank, cut.ep_size
+        homes_LE = slots_LE // placement.slots_per_device
+        self._together_LEE = (homes_LE[:, :, None] == homes_LE[:, None, :]).to(torch.int64)
+        self._pairs_seen_L2 = torch.zeros(watch.num_layers, 2, dtype=torch.int64, device=device)
+        self._pairs_taken_LEE: Tensor | None = None  # by the last `recent`
+        self._load_LE = torch.zeros_like(watch.load_LE, dtype=torch.float64)
+        self._total = Ledger(ledger.tier_of_rank)
+
+    def line(self) -> dict[str, Any]:
+        """Since the last line: load of experts and ranks, pairs inside devices, bytes and devices of a token."""
+        load_LE = self._watch.load_LE.double()
+        self._watch.load_LE.zero_()
+        dist.all_reduce(load_LE, group=self._group)
+        self._load_LE += load_LE
+        ledger = self._ledger.gathered(self._group)
+        self._ledger.reset()
+        self._total.add(ledger)
+        most = max_over_mean(load_LE)
+        line: dict[str, Any] = {
+            "load_max_over_mean": most,
+            "load_violation": most - 1,
+            "device_load_max_over_mean": max_over_mean(self._of_ranks(load_LE)),
+            "bytes_per_token": ledger.bytes_per_token(),
+            "bytes_per_token_by_tier": ledger.bytes_by_tier(),
+            "devices_per_token": ledger.rows_per_token("dedup", remote=False),
+        }
+        if self._watch.counts_pairs:
+            line["intra_device_fraction"] = self._inside()
+        return line
+
+    def summary(self, changed_share: float | None) -> dict[str, Any]:
+        """Of all lines so far."""
+        return {
+            "changed_share": changed_share,
+            "load_max_over_mean": max_over_mean(self._load_LE),
+            "device_load_max_over_mean": max_over_mean(self._of_ranks(self._load_LE)),
+            "ledger": self._total.to_json(),
+        }
+
+    def recent(self, about: dict[str, Any]) -> Profile | None:
+        """Who worked with whom since the last call, on all ranks; None if nobody counts."""
+        if not self._watch.counts_pairs:
+            return None
+        now_LEE = self._watch.pairs_LEE.clone()
+        recent_LEE = now_LEE if self._pairs_taken_LEE is None else now_LEE - self._pairs_taken_LEE
+        self._pairs_taken_LEE = now_LEE
+        recent_LEE = recent_LEE.clone()
+        dist.all_reduce(recent_LEE, group=self._group)
+        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about)
+
+    def _inside(self) -> float:
+        """Share of pairs inside a device, as the mean over layers."""
+        pairs_LEE = self._watch.pairs_LEE
+        alone_L = pairs_LEE.diagonal(dim1=1, dim2=2).sum(dim=1)
+        inside_L = (pairs_LEE * self._together_LEE).sum(dim=(1, 2)) - alone_L
+        seen_L2 = torch.stack([inside_L, pairs_LEE.sum(dim=(1, 2)) - alone_L], dim=1)
+        since_L2 = seen_L2 - self._pairs_seen_L2
+        self._pairs_seen_L2 = seen_L2
+        dist.all_reduce(since_L2, group=self._group)
+        inside, total = since_L2.double().unbind(dim=1)
+        return float((inside / total.clamp(min=1)).mean())
+
+    def _of_ranks(self, load_LE: Tensor) -> Tensor:
+        """Copies that each rank of an expert-parallel group works on, (L, P)."""
+        load_LP = load_LE.new_zeros(len(load_LE), self._ep_size)
+        return load_LP.scatter_add_(1, self._rank_of_expert_LE, load_LE)
+
+
+def max_over_mean(load: Tensor) -> float:
+    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance."""
+    return float((load.max(dim=1).values / load.mean(dim=1)).mean())
