@@ -393,6 +393,7 @@ def test_run_folder_is_replaced_only_with_overwrite(run: Command, files: Path, t
         "run.lock",
         "run.toml",
         "summary.json",
+        "tensorboard",
     ]
 
 

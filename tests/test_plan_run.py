@@ -114,7 +114,7 @@ def test_a_dense_model_has_no_experts_traffic(run: Command, files: Path, tmp_pat
 def test_a_trace_or_a_profile_takes_the_place_of_uniform_routing(run: Command, files: Path, tmp_path: Path) -> None:
     run_file = write_run(files, tmp_path)
     model = resolve(small_run(files, "x", model={"checkpoint": str(files / "moe")}), 1).model
-    save_trace(tmp_path / "t.npz", [[of_layer] for of_layer in draw_routing(model, 128, seed=5)])
+    save_trace(tmp_path / "t.npz", draw_routing(model, 128, seed=5).numpy())
     ep = ("parallel.expert_parallel_size=2", "--ranks", 2, "--json")
     uniform, seeded, traced, profiled = (
         json.loads(run("plan", run_file, *ep, *more)[1])
