@@ -3,6 +3,7 @@
 Shape letters:  E experts   D devices   T tokens   K top_k   G groups, devices or nodes   S slots of a group
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,6 +82,22 @@ def bound_layer(of: Counted, devices: int, nodes: int = 1) -> Figures:
         bounds[f"distinct_{name}s"] = least_distinct(fraction, of.top_k, groups, size // groups)
     bounds["remote_copies"] = bounds["distinct_devices"] * (1 - 1 / devices)
     return bounds
+
+
+def uniform_layer(num_experts: int, top_k: int, devices: int, nodes: int = 1) -> Figures:
+    """What the figures of `describe_layer` would be if every set of K experts were as likely, whatever the placement.
+
+    A group of m experts is met by a token with probability 1 - C(E - m, K) / C(E, K).
+    """
+    figures: Figures = {"load_max_over_mean": 1.0}
+    for name, groups in {"device": devices, **({"node": nodes} if nodes > 1 else {})}.items():
+        sizes = [(g + 1) * num_experts // groups - g * num_experts // groups for g in range(groups)]
+        pairs = num_experts * (num_experts - 1)
+        figures[f"intra_{name}_fraction"] = sum(m * (m - 1) for m in sizes) / pairs if pairs else 1.0
+        missed = sum(math.comb(num_experts - m, top_k) for m in sizes) / math.comb(num_experts, top_k)
+        figures[f"distinct_{name}s"] = groups - missed
+    figures["remote_copies"] = figures["distinct_devices"] * (1 - 1 / devices)
+    return figures
 
 
 def replicated_load(load_E: NDArray[np.int64], device_of_expert: Sequence[int], devices: int, copies: int) -> float:

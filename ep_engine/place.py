@@ -19,7 +19,7 @@ from rich.table import Table
 from ep_engine.collaboration import Profile
 from ep_engine.config import load_config
 from ep_engine.errors import UserError
-from ep_engine.locality import Counted, Figures, bound_layer, describe_layer, replicated_load
+from ep_engine.locality import Counted, Figures, bound_layer, describe_layer, replicated_load, uniform_layer
 from ep_engine.placement import Placement, read_placement
 from ep_engine.solver import ANY, Effort, Found, least_room, solve
 
@@ -64,7 +64,8 @@ def place(
     Returns:
         The placement and what was found, for each of `layers` and as means over them: the figures of `describe_layer`
         for it (`placed`) and for experts in the order of their ids (`contiguous`), their `bound`, whether the search
-        was `exact`, the `gap` to the bound, 0 if it was, and which layers were `cut_short` or hold `other_caps`.
+        was `exact`, the `gap` to the bound, 0 if it was, and which layers were `cut_short` or hold `other_caps`; and
+        what the figures would be if all sets of experts were as likely (`uniform`).
 
     Raises:
         UserError: more devices than experts, nodes that do not divide the devices, a cap below 1, a missing trace, or
@@ -107,7 +108,9 @@ def place(
             advance(len(layers))
     if strict:
         _refuse_other_caps(figures_of_layer, load_cap)
-    return contiguous.model_copy(update={"layers": layers}), _over_layers(figures_of_layer, objective, load_cap)
+    uniform = uniform_layer(profile.num_experts, profile.top_k, devices, nodes)
+    found = _over_layers(figures_of_layer, uniform, objective, load_cap)
+    return contiguous.model_copy(update={"layers": layers}), found
 
 
 def asked_of(
@@ -155,9 +158,10 @@ def parse_cap(text: str) -> float | None:
 def print_placement(found: dict[str, Any], path: Path, console: Console) -> None:
     """The figures of `place` as a table, means over layers, and what to know about them."""
     names = [name for name in found["placed"] if name != "load_max_over_mean"] + ["load_max_over_mean"]
-    table = Table("", "placed", "by id", "bound", title=str(path))
+    table = Table("", "placed", "by id", "uniform", "bound", title=str(path))
     for name in names:
-        table.add_row(name.replace("_", " "), *(f"{found[of][name]:.4f}" for of in ("placed", "contiguous", "bound")))
+        columns = (f"{found[of][name]:.4f}" for of in ("placed", "contiguous", "uniform", "bound"))
+        table.add_row(name.replace("_", " "), *columns)
     console.print(table)
     exact = sum(layer["exact"] for layer in found["layers"])
     console.print(f"proven best in {exact} of {len(found['layers'])} layers, mean gap to the bound {found['gap']:.4f}")
@@ -224,13 +228,16 @@ def _refuse_other_caps(layers: list[dict[str, Any]], load_cap: float | None) -> 
             )
 
 
-def _over_layers(layers: list[dict[str, Any]], objective: Objective, load_cap: float | None) -> dict[str, Any]:
+def _over_layers(
+    layers: list[dict[str, Any]], uniform: Figures, objective: Objective, load_cap: float | None
+) -> dict[str, Any]:
     found: dict[str, Any] = {"objective": objective, "load_cap": load_cap}
     for name in ("placed", "contiguous", "bound"):
         found[name] = {key: float(np.mean([layer[name][key] for layer in layers])) for key in layers[0][name]}
     if "load_with_replicas" in layers[0]:
         found["load_with_replicas"] = float(np.mean([layer["load_with_replicas"] for layer in layers]))
     return found | {
+        "uniform": uniform,
         "exact": all(layer["exact"] for layer in layers),
         "gap": float(np.mean([layer["gap"] for layer in layers])),
         "other_caps": {n: layer["load_cap"] for n, layer in enumerate(layers) if layer["load_cap"] != load_cap},

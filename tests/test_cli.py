@@ -158,8 +158,8 @@ def test_place_finds_what_the_search_finds(run: Command, files: Path, tmp_path: 
     assert read_placement(tmp_path / "p.json") == placement
     assert json.loads((tmp_path / "p.json").read_text())["measured"] == json.loads(json.dumps(found))
     (row,) = [line for line in out.splitlines() if "intra device fraction" in line]
-    three = [f"{found[of]['intra_device_fraction']:.4f}" for of in ("placed", "contiguous", "bound")]
-    assert row.split("│")[2:5] == [f" {number} " for number in three]
+    four = [f"{found[of]['intra_device_fraction']:.4f}" for of in ("placed", "contiguous", "uniform", "bound")]
+    assert [cell.strip() for cell in row.split("│")[2:6]] == four
     assert "proven best in 2 of 2 layers, mean gap to the bound 0.0000" in out
 
 

@@ -18,6 +18,7 @@ from ep_engine.locality import (
     least_distinct,
     most_inside,
     replicated_load,
+    uniform_layer,
 )
 from ep_engine.placement import Placement
 from tests.counts import COUNTS, DATA, LOAD, many_counts, published
@@ -116,6 +117,31 @@ def test_least_distinct_by_hand() -> None:
     assert least_distinct(1.0, 8, 64, 4) == 2.0  # eight experts fill two devices of four
     assert least_distinct(12 / 28, 8, 64, 4) == 2.0  # which is all the pairs that need be inside
     assert least_distinct(0.0, 8, 64, 4) == 8.0
+
+
+# Experts, top_k, devices: remote copies a token where all sets are as likely, specs/c2r.md section 4.
+UNIFORM = {
+    (8, 2, 2): 0.786, (8, 2, 4): 1.393, (16, 4, 8): 3.150, (60, 4, 4): 2.083, (60, 6, 8): 3.972, (60, 8, 16): 6.332,
+    (64, 8, 4): 2.744, (64, 8, 8): 4.753, (128, 6, 16): 4.898, (256, 8, 8): 4.633, (256, 8, 16): 6.116,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("experts", "top_k", "devices"), list(UNIFORM), ids=str)
+def test_uniform_routing_costs_what_the_formula_and_a_draw_say(experts: int, top_k: int, devices: int) -> None:
+    found = uniform_layer(experts, top_k, devices)
+    assert found["remote_copies"] == pytest.approx(UNIFORM[experts, top_k, devices], abs=5e-4)  # as printed
+    random = np.random.default_rng(0)
+    ids = np.argpartition(random.random((20_000, experts)), top_k - 1, axis=1)[:, :top_k].astype(np.int16)
+    home = Placement.contiguous(experts, devices, 1).device_of_expert(0)
+    assert distinct_groups(ids, home) == pytest.approx(found["distinct_devices"], rel=0.01)
+    inside = np.mean([[home[a] == home[b] for a, b in zip(ids[:, 0], ids[:, i], strict=True)] for i in range(1, top_k)])
+    assert inside == pytest.approx(found["intra_device_fraction"], abs=0.01)
+
+
+def test_uniform_routing_over_nodes() -> None:
+    found = uniform_layer(64, 6, 8, nodes=2)
+    assert found["distinct_nodes"] == pytest.approx(uniform_layer(64, 6, 2)["distinct_devices"])
+    assert found["intra_node_fraction"] == pytest.approx(uniform_layer(64, 6, 2)["intra_device_fraction"])
 
 
 def test_bounds_name_what_the_figures_name() -> None:

@@ -65,8 +65,18 @@ def test_placement_by_hand() -> None:
         "load_cap": None,
         "gap": 0.0,
     }
+    uniform = {
+        "load_max_over_mean": 1.0, "intra_device_fraction": 1 / 3, "distinct_devices": 5 / 3, "remote_copies": 5 / 6,
+    }  # fmt: skip
     means = {name: layer[name] for name in ("placed", "contiguous", "bound", "exact", "gap")}
-    lists = {"objective": "pairs", "load_cap": None, "other_caps": {}, "cut_short": [], "layers": [layer]}
+    lists = {
+        "uniform": pytest.approx(uniform),
+        "objective": "pairs",
+        "load_cap": None,
+        "other_caps": {},
+        "cut_short": [],
+        "layers": [layer],
+    }
     assert found == means | lists
 
 
