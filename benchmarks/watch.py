@@ -9,6 +9,7 @@ lowest priority, and is timed by itself.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def measure(_: int, folder: Path, rounds: int) -> dict[str, Any]:
             )
             output = config.output.model_copy(update={"watch": name == "on"})
             trainer = trainers[name] = Trainer(resolve(config.model_copy(update={"output": output}), 1), meshes, CPU)
-            calls[name] = Together(lambda trainer=trainer: _ten_steps(trainer), threads=torch.get_num_threads() * 2)
+            calls[name] = Together(lambda trainer=trainer: _ten_steps(trainer), threads=os.cpu_count() or 1)
         times = all_times(calls, rounds=rounds, warm_up=1)
         routing = trainers["on"].routing
         assert routing is not None, "the model has experts"
