@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.all_to_all import rows_to_send
+from benchmarks.c2r import draw, over_seeds, verdicts
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
 from benchmarks.nodes import CALIBRATION, KINDS, REPEATS, Links
 from benchmarks.scaling import GPU, MODEL, active_weights, on_gpus
@@ -157,3 +158,29 @@ def test_the_modelled_step_is_the_sum_that_the_benchmark_says(tmp_path: Path) ->
     assert found["nvlink_gb"] == pytest.approx(rows * 2048 * 2 / 1e9, rel=0.03)  # and the words behind a row
     total = sum(found[part] for part in ("compute_ms", "rows_ms", "dense_ms"))
     assert found["tokens_per_s"] == pytest.approx(GPU["tokens"] / total * 1e3)
+
+
+def arm(losses: list[float], num_bytes: float) -> dict[str, Any]:
+    run = {"bytes": num_bytes, "devices": 1.0, "bytes_by_tier": {"node": num_bytes, "network": 0.0}}
+    return over_seeds([{"loss": loss, **run} for loss in losses])
+
+
+def test_an_arm_is_told_from_the_placement_seed_by_seed() -> None:
+    arms = {
+        "placed": arm([2.0, 3.0, 2.5], 100.0),
+        "c2r 4": arm([2.1, 3.2, 2.6], 80.0),  # worse for every seed, though the seeds differ by more
+        "c2r 8": arm([2.1, 2.9, 2.6], 60.0),
+        "grouped 1": arm([1.9, 2.9, 2.4], 100.0),
+    }
+    assert (arms["c2r 4"]["loss_min"], arms["c2r 4"]["loss_max"]) == (2.1, 3.2)
+    assert arms["placed"]["bytes_by_tier"] == {"node": 100.0, "network": 0.0}
+    assert verdicts(arms) == {
+        "c2r 4": "costs +0.1333 nats, 20% fewer bytes than placement alone",
+        "c2r 8": "its loss is not distinguishable, 40% fewer bytes than placement alone",
+        "grouped 1": "costs -0.1000 nats, 0% fewer bytes than placement alone: it does not pay",
+    }
+
+
+def test_the_picture_of_loss_against_bytes_is_one(tmp_path: Path) -> None:
+    draw(tmp_path / "p.png", {"placed": arm([2.0, 3.0], 100.0), "c2r 4": arm([2.1, 3.2], 80.0)})
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
