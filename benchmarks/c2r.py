@@ -205,7 +205,7 @@ def show(arms: dict[str, dict[str, Any]]) -> None:
         losses = (f"{arm[key]:.4f}" for key in ("loss", "loss_min", "loss_max"))
         rest = (f"{arm[key]:.3f}" for key in ("devices", "expert_load", "device_load", "changed"))
         table.add_row(name, *losses, f"{arm['bytes']:.0f}", *rest, f"{arm['step_ms']:.0f}")
-    Console(stderr=True).print(table)
+    Console(stderr=True, width=120).print(table)
 
 
 def main() -> None:
@@ -225,7 +225,8 @@ def main() -> None:
         for arm, sections in arms_of(folder).items():
             runs = [run_arm(folder, arm, sections, checkpoint, args.steps, seed) for seed in range(args.seeds)]
             arms[arm] = over_seeds(runs)
-            show(arms)
+            Console(stderr=True).print(f"{arm}: loss {arms[arm]['loss']:.4f}, {arms[arm]['bytes']:.0f} bytes per token")
+    show(arms)
     if args.picture is not None:
         draw(args.picture, arms)
     setting = {"shape": vars(SHAPE), "devices": DEVICES, "tokens a step": ROWS * SEQUENCE}

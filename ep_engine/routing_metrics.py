@@ -44,7 +44,7 @@ class RoutingMetrics:
         slots_LE = torch.tensor([placement.slot_of_expert(layer) for layer in layers], device=device)
         self._rank_of_expert_LE, self._ep_size = slots_LE // cut.slots_per_rank, cut.ep_size
         homes_LE = slots_LE // placement.slots_per_device
-        self._together_LEE = (homes_LE[:, :, None] == homes_LE[:, None, :]).to(torch.int64)
+        self._together_LEE = homes_LE[:, :, None] == homes_LE[:, None, :]
         self._pairs_seen_L2 = torch.zeros(watch.num_layers, 2, dtype=torch.int64, device=device)
         self._pairs_taken_LEE: Tensor | None = None  # by the last `recent`
         self._load_LE = torch.zeros_like(watch.load_LE, dtype=torch.float64)
@@ -86,9 +86,8 @@ class RoutingMetrics:
         if not self._watch.counts_pairs:
             return None
         now_LEE = self._watch.pairs_LEE.clone()
-        recent_LEE = now_LEE if self._pairs_taken_LEE is None else now_LEE - self._pairs_taken_LEE
+        recent_LEE = now_LEE - (0 if self._pairs_taken_LEE is None else self._pairs_taken_LEE)
         self._pairs_taken_LEE = now_LEE
-        recent_LEE = recent_LEE.clone()
         dist.all_reduce(recent_LEE, group=self._group)
         return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about)
 

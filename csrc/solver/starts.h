@@ -10,7 +10,7 @@ std::vector<int32_t> in_order(const Shape& shape);
 
 std::vector<int32_t> shuffled(const Shape& shape, Random& random);
 
-// Occult's greedy (arXiv:2505.13345, Algorithm 1, as specs of it tell): the pair that works together most,
+// Occult's greedy (arXiv:2505.13345, Algorithm 1, as others describe it): the pair that works together most,
 // then for every further group the expert that works least with all that are placed, then group by group the
 // expert that works most with its members.
 std::vector<int32_t> greedy(const Shape& shape, const int64_t* pairs);
