@@ -9,7 +9,7 @@ that makes process groups.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -127,7 +127,9 @@ def process_groups(
     try:
         dense, experts = grids(world.size, ep_size, tp_size=tp_size, etp_size=etp_size, pp_size=pp_size)
         nodes = _meet(world, settings or {})
-        yield _make_meshes(world, device, dense, experts, nodes, timeout_s)
+        meshes = _make_meshes(world, device, dense, experts, nodes, timeout_s)
+        # A program that has joined before chose a time-out of its own for the group of all.
+        yield replace(meshes, world=dist.new_group(timeout=timeout, group_desc="world")) if joined else meshes
     finally:
         if not joined:
             dist.destroy_process_group()
