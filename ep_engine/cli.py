@@ -129,7 +129,7 @@ def profile_command(
     from ep_engine.output import check_output_file
     from ep_engine.profile import Profiled, profile, token_file
     from ep_engine.progress import bar
-    from ep_engine.published import read_published_counts
+    from ep_engine.published import read_published_counts, refuse_unread
     from ep_engine.routing_trace import save_trace
 
     world = World.from_environment()
@@ -139,6 +139,7 @@ def profile_command(
     if picture is not None:
         picture_kind(picture)
     if model.suffix == ".pkl":
+        refuse_unread(model, {"--corpus": corpus, "--tokens": tokens, "--trace": trace})
         found = Profiled(read_published_counts(model, top_k), halves=[], ids_LTK=None)
     else:
         text_of = token_file(model, corpus, tokens, max_tokens + 1, seed)

@@ -87,14 +87,7 @@ def place(
         found, cap = search_layer(
             of, devices, nodes, objective, load_cap, Effort.for_experts(profile.num_experts, seed + layer, seconds)
         )
-        figures: dict[str, Any] = {
-            "placed": describe_layer(of, found.device_of_expert, devices, nodes),
-            "contiguous": describe_layer(of, by_id, devices, nodes),
-            "bound": bound_layer(of, devices, nodes),
-            "exact": found.proven,
-            "cut_short": found.cut_short,
-            "load_cap": cap,
-        }
+        figures = _figures(of, found, by_id, devices, nodes) | {"load_cap": cap}
         figures["gap"] = 0.0 if found.proven else _gap(figures["placed"], figures["bound"], objective)
         if replicas:
             figures["load_with_replicas"] = replicated_load(of.load_E, found.device_of_expert, devices, replicas)
@@ -199,8 +192,18 @@ def search_layer(
     found = within(math.floor(load_cap * mean + _ROUNDING))
     if found.excess == 0:
         return found, load_cap
-    room, _ = least_room(of.load_E, devices, replace(effort, seconds=math.inf))
+    room = least_room(of.load_E, devices, replace(effort, seconds=math.inf))
     return within(room), room / mean
+
+
+def _figures(of: Counted, found: Found, by_id: list[int], devices: int, nodes: int) -> dict[str, Any]:
+    return {
+        "placed": describe_layer(of, found.device_of_expert, devices, nodes),
+        "contiguous": describe_layer(of, by_id, devices, nodes),
+        "bound": bound_layer(of, devices, nodes),
+        "exact": found.proven,
+        "cut_short": found.cut_short,
+    }
 
 
 def _gap(found: Figures, bound: Figures, objective: Objective) -> float:

@@ -52,6 +52,15 @@ def read_published_counts(path: Path, top_k: int | None) -> Profile:
     return Profile(counts, load, top_k, {"tokens": int(load[0].sum()) // top_k, "source": path.name})
 
 
+def refuse_unread(path: Path, given: dict[str, Any]) -> None:
+    """UserError if an option is given that published counts have no use for."""
+    for option, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{option} has no effect on published counts ({path}), which hold no model to run; leave it out"
+            )
+
+
 def read_lists(path: Path) -> tuple[list[list[list[int]]], int | None]:
     """Collaboration lists [L][E][E] of a `config.json` (`collaborative_list`, `top_t`) or of a pickled nested list; T.
 

@@ -85,8 +85,8 @@ def solve(
     return Found(device_E.tolist(), excess, proven, cut_short)
 
 
-def least_room(load_E: NDArray[np.int64], devices: int, effort: Effort = Effort()) -> tuple[int, bool]:
-    """The least room in which a placement was found, and whether there is none with less.
+def least_room(load_E: NDArray[np.int64], devices: int, effort: Effort = Effort()) -> int:
+    """The least room in which a placement was found.
 
     Whether a placement fits is asked of the search, with nothing else to look for, at one room after another.
     """
@@ -97,7 +97,6 @@ def least_room(load_E: NDArray[np.int64], devices: int, effort: Effort = Effort(
     high = int(np.sort(load_E)[-slots:].sum())
     effort = replace(effort, starts=max(effort.starts // 4, 1))
     nothing = np.zeros((num_experts, num_experts), dtype=np.int64)
-    proven = True
     while low < high:
         middle = (low + high) // 2
         found = solve(load_E, devices, pairs_EE=nothing, room=middle, effort=effort)
@@ -106,8 +105,7 @@ def least_room(load_E: NDArray[np.int64], devices: int, effort: Effort = Effort(
             high = int(device_load.max())
         else:
             low = middle + 1
-            proven &= found.proven
-    return high, proven
+    return high
 
 
 def _check(

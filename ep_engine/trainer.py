@@ -4,7 +4,7 @@ FOLDER/run.toml                  what was asked, with the layout and the version
 FOLDER/job                       torchrun's id of the job, by which ranks that are started again know the folder
 FOLDER/metrics.jsonl             a line every `train.log_every` steps, and before a save
 FOLDER/checkpoints/step_000100   engine checkpoints with the optimiser's moments
-FOLDER/profile.npz               who worked with whom since the save before the last, for `ep-engine place`
+FOLDER/profile.npz               who worked with whom between the last two saves, for `ep-engine place`
 FOLDER/tensorboard               the numbers of metrics.jsonl
 FOLDER/run.lock                  held while the run lives
 FOLDER/summary.json              written last: the figures of the run since `first_step`

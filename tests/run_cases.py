@@ -12,6 +12,7 @@ from ep_engine.mesh import World
 from ep_engine.resolve import resolve
 from ep_engine.tokens import write_token_file
 from ep_engine.trainer import train
+from tests.counts import random_profile
 from tests.small_models import SIZES, dense_folder, moe_checkpoint
 
 VOCAB = SIZES["vocab_size"]
@@ -36,6 +37,14 @@ def write_text(folder: Path, *, num_tokens: int = 4000) -> Path:
 def moe_model(folder: Path) -> Path:
     """An engine checkpoint with 8 experts, top-2."""
     return moe_checkpoint(folder / "moe", dense_folder(folder / "dense", initializer_range=0.05))
+
+
+def moe_folder(folder: Path) -> Path:
+    """Token files, a MoE model of 2 layers and 8 experts in `moe`, and counts for it in `profile.npz`."""
+    write_text(folder)
+    moe_model(folder)
+    random_profile(2, 8, seed=0).save(folder / "profile.npz")
+    return folder
 
 
 def small_run(folder: Path, name: str, **sections: dict[str, Any]) -> RunConfig:

@@ -130,6 +130,9 @@ def test_published_counts_become_a_profile(run: Command, tmp_path: Path) -> None
     status, _, err = run(*command, "--overwrite")
     assert (status, err.count("\n")) == (2, 1)
     assert "--top-k (None) must be the model's number of experts per token" in err
+    status, _, err = run(*command, "--overwrite", "--top-k", 2, "--trace", tmp_path / "t.npz")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("--trace has no effect on published counts (")
 
 
 def test_the_same_seed_gives_the_same_profile(run: Command, files: Path, tmp_path: Path) -> None:

@@ -19,9 +19,8 @@ from ep_engine.load_balance import RouterStatistics, with_plain_load
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, read_model_config
 from ep_engine.router import Router
 from ep_engine.selection import C2R, C2RGrouped, GroupLimited, TopK, make_rule
-from tests.counts import random_profile
 from tests.routing_cases import routing_cases, select_by_hand
-from tests.run_cases import losses, moe_model, small_run, train_here, write_text
+from tests.run_cases import losses, moe_folder, small_run, train_here
 from tests.run_files import make_files, resolve_run
 from tests.small_models import dense_folder, moe_checkpoint, routing_tables
 
@@ -278,10 +277,7 @@ def test_what_has_no_effect_is_refused(name: str, files: Path, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_text(tmp_path_factory.mktemp("runs"))
-    moe_model(folder)
-    random_profile(2, 8, seed=0).save(folder / "profile.npz")
-    return folder
+    return moe_folder(tmp_path_factory.mktemp("runs"))
 
 
 def tightening(folder: Path, name: str, **train: Any) -> Any:

@@ -18,15 +18,12 @@ from ep_engine.placement import Placement, read_placement
 from ep_engine.placement_watch import ALARM, PlacementWatch, compare, stored_profile
 from tests.counts import COUNTS, LOAD, random_profile
 from tests.distributed import run_ranks
-from tests.run_cases import losses, moe_model, small_run, train_here, write_text
+from tests.run_cases import losses, moe_folder, small_run, train_here
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_text(tmp_path_factory.mktemp("runs"))
-    moe_model(folder)
-    random_profile(2, 8, seed=0).save(folder / "profile.npz")
-    return folder
+    return moe_folder(tmp_path_factory.mktemp("runs"))
 
 
 def lines_of(config: RunConfig) -> list[dict[str, Any]]:
