@@ -23,7 +23,7 @@ class Effort:
     starts: int = 24  # of the search over pairs
     refined: int = 2  # of their ends that are refined over tokens
     patience: int = 400  # swaps without a better placement, after which a search ends
-    partitions: int = 200_000  # partial placements that a proof may look at; beyond, nothing is proven
+    partitions: int = 4_000_000  # partial placements that a proof may look at; beyond, nothing is proven
     seconds: float = math.inf
 
     @classmethod

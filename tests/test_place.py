@@ -324,6 +324,12 @@ def test_replicas_take_load_off_the_busiest() -> None:
     assert found["load_with_replicas"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("num_experts", "devices"), [(16, 4), (24, 2)])
+def test_what_is_said_to_be_proven_for_random_counts_is(num_experts: int, devices: int) -> None:
+    _, found = place(random_profile(1, num_experts, seed=1), devices, load_cap=None)
+    assert (found["exact"], found["gap"]) == (True, 0.0)
+
+
 def test_nodes_come_before_devices() -> None:
     """0-1-2-3 and 4-5-6-7 belong on a node each, though the closest pairs, 3-4 and 0-7, lie across."""
     counts = np.zeros((8, 8), dtype=np.int64)

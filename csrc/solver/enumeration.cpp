@@ -88,10 +88,9 @@ class Walk {
 PartialPairs::PartialPairs(const Shape& shape, int64_t nodes, int64_t node_weight, const int64_t* pairs)
     : experts_(shape.experts), pairs_(pairs) {
   const int64_t n = experts_;
-  for (const auto& [groups, weight] : {std::pair{shape.groups, int64_t{1}}, std::pair{nodes, node_weight}}) {
-    if (groups == 1 && !levels_.empty()) break;
-    const int64_t span = shape.groups / groups, partners = span * shape.per_group - 1;
-    OfLevel level{groups, span, weight, Matrix(groups * n, 0), Matrix(n * n, 0)};
+  for (const TreeLevel& tree : tree_levels(shape.groups, nodes, node_weight)) {
+    const int64_t partners = tree.span * shape.per_group - 1;
+    OfLevel level{tree, Matrix(tree.groups * n, 0), Matrix(n * n, 0)};
     for (int64_t first = 0; first < n; ++first) {
       for (int64_t i = first; i < n; ++i) {
         std::vector<int64_t> row(pairs + i * n + first, pairs + (i + 1) * n);
@@ -137,9 +136,8 @@ int64_t PartialPairs::most_left(int64_t expert) const {
 
 PartialSets::PartialSets(const Shape& shape, int64_t nodes, int64_t node_weight, const TokenSets& sets)
     : sets_(sets) {
-  for (const auto& [groups, weight] : {std::pair{shape.groups, int64_t{1}}, std::pair{nodes, node_weight}}) {
-    if (groups == 1 && !levels_.empty()) break;
-    levels_.push_back({groups, shape.groups / groups, weight, std::vector<int8_t>(sets.size() * groups, 0)});
+  for (const TreeLevel& tree : tree_levels(shape.groups, nodes, node_weight)) {
+    levels_.push_back({tree, std::vector<int8_t>(sets.size() * tree.groups, 0)});
   }
 }
 

@@ -23,8 +23,7 @@ class PartialPairs : public Partial {
   int64_t most_left(int64_t expert) const override;
 
  private:
-  struct OfLevel {
-    int64_t groups, span, weight;
+  struct OfLevel : TreeLevel {
     Matrix tie;  // [groups, experts] pairs of an expert with those in a group
     Matrix
         largest;  // [experts, experts] row f: pairs of an expert with its best partners among f and all after
@@ -43,8 +42,7 @@ class PartialSets : public Partial {
   int64_t most_left(int64_t) const override { return 0; }  // distinct devices only become more
 
  private:
-  struct OfLevel {
-    int64_t groups, span, weight;
+  struct OfLevel : TreeLevel {
     std::vector<int8_t> seen;  // [sets, groups] experts of a set in a group
   };
 

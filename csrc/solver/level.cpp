@@ -5,6 +5,12 @@
 
 namespace ep {
 
+std::vector<TreeLevel> tree_levels(int64_t devices, int64_t nodes, int64_t node_weight) {
+  std::vector<TreeLevel> levels{{devices, 1, 1}};
+  if (nodes > 1) levels.push_back({nodes, devices / nodes, node_weight});
+  return levels;
+}
+
 TokenSets::TokenSets(const int16_t* tokens, int64_t num_tokens, int64_t k, int64_t num_experts) : top_k(k) {
   std::vector<int16_t> sorted(tokens, tokens + num_tokens * k);
   const auto row = [&](int64_t t) { return sorted.begin() + t * k; };

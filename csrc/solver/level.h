@@ -27,6 +27,14 @@ struct Shape {
   int64_t items() const { return groups * per_group; }
 };
 
+// Devices, and nodes where there are several: what a group of each counts, and of how many devices it is a
+// run.
+struct TreeLevel {
+  int64_t groups, span, weight;
+};
+
+std::vector<TreeLevel> tree_levels(int64_t devices, int64_t nodes, int64_t node_weight);
+
 // Tokens with the same experts, once, and which of them an expert has.
 struct TokenSets {
   TokenSets(const int16_t* tokens, int64_t num_tokens, int64_t top_k, int64_t num_experts);

@@ -21,10 +21,8 @@ struct Tree {
 template <class LevelKind, class Source>
 Levels levels_of(const Tree& tree, const Source& source) {
   Levels levels;
-  levels.push_back(std::make_unique<LevelKind>(tree.shape, 1, 1, source));
-  if (tree.nodes > 1) {
-    levels.push_back(
-        std::make_unique<LevelKind>(tree.shape, tree.shape.groups / tree.nodes, tree.node_weight, source));
+  for (const TreeLevel& level : tree_levels(tree.shape.groups, tree.nodes, tree.node_weight)) {
+    levels.push_back(std::make_unique<LevelKind>(tree.shape, level.span, level.weight, source));
   }
   return levels;
 }
