@@ -16,9 +16,9 @@ from its weights and takes turns with the others:
     hierarchical   (2 nodes of 2 ranks) one row per node between nodes, handed on inside; flat: one row per rank
 
 `step` is a whole optimiser step, `exchange` all exchanges of it alone, forward and backward; `bytes` left a rank for
-another per token. A step is also predicted: what it takes over links of 10 Gbit/s, plus for every exchange of rows the
-bytes in or out of the rank that has most of them, and for gathering weights and reducing gradients their bytes, over
-what links carried of each kind of exchange in the same run.
+another per token. A step is also predicted, by `ep-engine simulate` on a trace of other text. The cluster it is given
+is calibrated by products of a layer and by exchanges of equal messages over links of one rate that no arm runs over
+(--calibration), and over links of 10 Gbit/s, which hardly limit.
 """
 
 import argparse
@@ -31,22 +31,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.nodes_rank import CALIBRATION, REPEATS, ROWS_PER_RANK
+from benchmarks.nodes_rank import ROWS_PER_RANK
 from benchmarks.ranks import summary
+from benchmarks.rates import LinkTimes, device_rates, tier_of
 from benchmarks.timing import print_table, write_results
 from benchmarks.trained_moe import SEQUENCE, MoEShape, run_config, train_moe
+from ep_engine.cluster import Cluster, make_cluster
 from ep_engine.collaboration import Profile
-from ep_engine.ledger import DIRECTIONS
+from ep_engine.machine import describe_machine, memory_gb
 from ep_engine.place import place
 from ep_engine.placement import Placement
-from ep_engine.plan_run import plan_run
+from ep_engine.simulate import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
-FREE = "10gbit"  # whose steps are taken for compute
+FREE = "10gbit"  # which hardly limits
+CALIBRATION_ROUNDS = 5
 TOP_T = (8, 16, 32)
 GROUPED_T = 32
 LOAD_CAP = 1.1
-KINDS = ("all_to_all", "all_gather", "reduce_scatter")
 Arms = dict[str, dict[str, Any]]
 
 
@@ -107,33 +109,28 @@ def on_nodes(folder: Path, arms: Arms, nodes: int, per_node: int, bandwidth: str
     return found
 
 
-class Links:
-    """What the links carried of each kind of exchange, REPEATS times CALIBRATION bytes from a rank to each other."""
+def calibrate(folder: Path, nodes: int, per_node: int, bandwidth: str) -> Cluster:
+    """What emulated nodes are as a cluster: from exchanges over links of one rate, and over links that hardly limit."""
+    limited, free = (
+        on_nodes(folder, {}, nodes, per_node, rate, CALIBRATION_ROUNDS)["times_ms"] for rate in (bandwidth, FREE)
+    )
+    ranks = nodes * per_node
+    network = tier_of(gbit(bandwidth), LinkTimes(limited, ranks), gbit(FREE), LinkTimes(free, ranks))
+    raw = {
+        "name": f"{nodes} emulated nodes on {describe_machine()}",
+        "origin": "measured",
+        "sources": ("benchmarks/nodes.py",),
+        "nodes": nodes,
+        "devices_per_node": per_node,
+        "device": {"memory_gb": memory_gb() / ranks, **device_rates(free)},
+        "network": network,
+    }
+    return make_cluster(raw, "what was measured")
 
-    def __init__(self, times_ms: dict[str, list[float]], nodes: int) -> None:
-        ms = {kind: statistics.median(times_ms[f"link {kind}"]) / REPEATS for kind in ("few", *KINDS)}
-        self.few = ms["few"]
-        self.bytes_per_ms = {kind: CALIBRATION * (nodes - 1) / (ms[kind] - self.few) for kind in KINDS}
 
-    def megabits(self) -> dict[str, float]:
-        """Mbit/s in and out of a rank at once."""
-        return {kind: rate * 8e-3 for kind, rate in self.bytes_per_ms.items()}
-
-    def rows_ms(self, sent: list[list[int]]) -> float:
-        """The exchanges of experts' rows, one after the other, each as slow as the rank with most bytes in or out."""
-        total = len(sent) // len(DIRECTIONS) * self.few  # the counts
-        for there, back in zip(sent[::2], sent[1::2], strict=True):
-            for out, other in ((there, back), (back, there)):
-                # What a rank sends back has come to it: a byte the other way stands for so many of this.
-                ratio = sum(out) / max(sum(other), 1)
-                most = max(max(out), max(other) * ratio)
-                total += self.few + most / self.bytes_per_ms["all_to_all"]
-        return total
-
-    def dense_ms(self, traffic: dict[str, dict[str, int]]) -> float:
-        """Gathered weights and summed gradients."""
-        gather, reduce = (sum(traffic[kind].values()) for kind in ("gather_weights", "reduce_gradients"))
-        return gather / self.bytes_per_ms["all_gather"] + reduce / self.bytes_per_ms["reduce_scatter"]
+def gbit(bandwidth: str) -> float:
+    """Gbit/s of a rate such as 100mbit."""
+    return float(bandwidth[:-4]) * {"k": 1e-6, "m": 1e-3, "g": 1.0}[bandwidth[-4]]
 
 
 def describe(found: dict[str, Any], arms: Arms) -> dict[str, Any]:
@@ -148,27 +145,20 @@ def describe(found: dict[str, Any], arms: Arms) -> dict[str, Any]:
     return result | {"ratios": _ratios(result), "goodput": found["goodput"]}
 
 
-def predict(
-    found: dict[str, Any], free: dict[str, Any], measured: dict[str, Any], arms: Arms, folder: Path, nodes: int
-) -> dict[str, Any]:
-    """Steps as the sum of what they take where links cost little, of exchanged rows and of dense traffic."""
-    links = Links(found["times_ms"], nodes)
-    predicted: dict[str, Any] = {"links_mbit_per_s": links.megabits()}
+def predict(folder: Path, arms: Arms, cluster: Cluster, measured: dict[str, Any]) -> dict[str, Any]:
+    """The step of every arm by `ep-engine simulate`, on a trace of other text, and over what was measured."""
+    predicted: dict[str, Any] = {}
     for name, sections in arms.items():
-        config = run_config(folder, "arm", rows=ROWS_PER_RANK * nodes, **sections)
-        traffic = plan_run(config, nodes, ranks_per_node=1)["traffic"]["dense_of_ranks"]
-        parts = {
-            "compute_ms": statistics.median(free["times_ms"][f"step {name}"]),
-            "dense_ms": max(links.dense_ms(of_rank) for of_rank in traffic),
-            "rows_ms": links.rows_ms(found["sent"][name]),
-        }
+        config = run_config(folder, "arm", rows=ROWS_PER_RANK * cluster.devices, **sections)
+        found = simulate(config, cluster, folder / "trace.npz")
         step, exchange = (measured[kind][name]["median_ms"] for kind in ("step", "exchange"))
         predicted[name] = {
-            **parts,
-            "step_over_measured": sum(parts.values()) / step,
-            "exchange_over_measured": parts["rows_ms"] / exchange,
+            **{kind: found[kind] for kind in ("step_ms", "compute_ms", "rows_ms", "dense_ms")},
+            "step_over_measured": found["step_ms"] / step,
+            "exchange_over_measured": found["rows_ms"] / exchange,
         }
-    return predicted
+    errors = [abs(one["step_over_measured"] - 1) for one in predicted.values()]
+    return predicted | {"mean_error": statistics.mean(errors), "largest_error": max(errors)}
 
 
 def _ratios(result: dict[str, Any]) -> dict[str, float]:
@@ -184,7 +174,7 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
 
 
 def compare(
-    layouts: list[tuple[int, int]], bandwidths: list[str], rounds: int, train_steps: int
+    layouts: list[tuple[int, int]], bandwidths: list[str], rounds: int, train_steps: int, calibration: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Train the model, then measure every layout over every bandwidth."""
     with tempfile.TemporaryDirectory() as name:
@@ -192,12 +182,14 @@ def compare(
         checkpoint, counted = train_moe(folder, MoEShape(), train_steps)
         for nodes, per_node in layouts:
             arms = make_arms(folder, checkpoint, counted, nodes, per_node)
-            free = on_nodes(folder, arms, nodes, 1, FREE, rounds) if per_node == 1 else None
+            cluster = calibrate(folder, nodes, per_node, calibration) if per_node == 1 else None
             for bandwidth in bandwidths:
                 found = on_nodes(folder, arms, nodes, per_node, bandwidth, rounds)
                 result = describe(found, arms)
-                if free is not None:
-                    result["predicted"] = predict(found, free, result, arms, folder, nodes)
+                if cluster is not None:
+                    here = cluster.changed(None, gbit(bandwidth))
+                    result["cluster"] = here.model_dump()
+                    result["predicted"] = predict(folder, arms, here, result)
                 title = f"{nodes} nodes x {per_node} ranks, {bandwidth}"
                 for kind in ("step", "exchange"):
                     ratios = {key: value for key, value in result["ratios"].items() if key.startswith(kind)}
@@ -212,14 +204,20 @@ def main() -> None:
     parser.add_argument("--bandwidths", nargs="*", default=["100mbit", "1gbit"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train-steps", type=int, default=150)
+    parser.add_argument("--calibration", default="300mbit", help="the rate of links that predictions are made of")
     parser.add_argument("--no-hierarchical", action="store_true", help="leave out the 2 nodes of 2 ranks")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     layouts = [(nodes, 1) for nodes in args.nodes] + ([] if args.no_hierarchical else [(2, 2)])
     results: dict[str, Any] = {}
-    setting = {"rounds": args.rounds, "train_steps": args.train_steps, "tokens per rank": ROWS_PER_RANK * SEQUENCE}
+    setting = {
+        "rounds": args.rounds,
+        "calibration": args.calibration,
+        "train_steps": args.train_steps,
+        "tokens per rank": ROWS_PER_RANK * SEQUENCE,
+    }
     setting |= {"model": MoEShape().config().model_dump(mode="json", include={"hidden_size", "num_layers", "moe"})}
-    for title, result in compare(layouts, args.bandwidths, args.rounds, args.train_steps):
+    for title, result in compare(layouts, args.bandwidths, args.rounds, args.train_steps, args.calibration):
         results[title] = result  # written each time: the whole takes an hour, and who interrupts it keeps what there is
         write_results(args.json, __doc__.splitlines()[0], setting, results)
 

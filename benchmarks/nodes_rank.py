@@ -1,11 +1,10 @@
-"""What one rank of benchmarks/nodes.py does: steps and exchanges of every arm in turn, and what the links can carry.
+"""What one rank of benchmarks/nodes.py does: steps and exchanges of every arm in turn, or what devices and links do.
 
-launch/nodes.sh N --bandwidth B -m benchmarks.nodes_rank FOLDER ROUNDS    (FOLDER/arms.json says which)
+launch/nodes.sh N --bandwidth B -m benchmarks.nodes_rank FOLDER ROUNDS    (FOLDER/arms.json says which; rates if none)
 """
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.ranks import Together, all_times
+from benchmarks.rates import device_calls, link_calls
 from benchmarks.trained_moe import run_config
 from ep_engine.combine import combine
 from ep_engine.dispatch import dispatch
@@ -28,8 +28,6 @@ from ep_engine.transport import Collective
 
 CPU = torch.device("cpu")
 ROWS_PER_RANK = 4
-CALIBRATION = 4 << 20  # bytes from a rank to each other
-REPEATS = 4  # exchanges that follow each other as in a step: after a pause a connection is slow again
 Choices = list[tuple[MoELayer, Tensor, Tensor]]
 
 
@@ -84,24 +82,11 @@ class Arm:
         return [list(of_ranks) for of_ranks in zip(*every, strict=True)]
 
 
-def links(meshes: Meshes) -> dict[str, Callable[[], object]]:
-    """What is exchanged to learn how fast each kind of exchange is, REPEATS times CALIBRATION bytes from a rank to each
-    other.
-    """
-    transport = Collective(meshes.dispatch, meshes.down.get("dispatch"))
-    size = transport.size
-    rows = [0 if rank == transport.rank else CALIBRATION for rank in range(size)]
-    given, taken = (torch.zeros(sum(rows), 1, dtype=torch.uint8) for _ in range(2))
-    counts = torch.zeros(size, 2, dtype=torch.int32)
-    floats = torch.zeros(size * CALIBRATION // 4)
-    part = torch.zeros(CALIBRATION // 4)
-    once: dict[str, Callable[[], object]] = {
-        "all_to_all": lambda: transport.all_to_all(taken, given, rows, rows, "calibration"),
-        "all_gather": lambda: dist.all_gather_into_tensor(floats, part),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, floats),
-        "few": lambda: transport.exchange_counts(counts, "calibration"),
-    }
-    return {kind: lambda call=call: [call() for _ in range(REPEATS)] for kind, call in once.items()}
+def _rates(meshes: Meshes, threads: int) -> dict[str, Together]:
+    links = link_calls(Collective(meshes.dispatch, meshes.down.get("dispatch")))
+    calls = {f"link {name}": call for name, call in links.items()}
+    calls |= {f"rate {name}": call for name, call in device_calls().items()}
+    return {name: Together(call, threads=threads) for name, call in calls.items()}
 
 
 def main() -> None:
@@ -112,7 +97,7 @@ def main() -> None:
     with process_groups(world, CPU, world.size, 600.0) as meshes:
         threads = torch.get_num_threads()
         arms = {name: Arm.of(folder, sections, world, meshes) for name, sections in asked.items()}
-        calls = {f"link {name}": Together(call, threads=threads) for name, call in links(meshes).items()}
+        calls = {} if arms else _rates(meshes, threads)
         for name, arm in arms.items():
             calls[f"step {name}"] = Together(arm.trainer.one_step, threads=threads)
             calls[f"exchange {name}"] = Together(arm.exchange, threads=threads)
@@ -120,7 +105,7 @@ def main() -> None:
         sent = {name: arm.sent() for name, arm in arms.items()}
         for arm in arms.values():
             arm.trainer.one_step()
-        times = all_times(calls, rounds=rounds, warm_up=0)
+        times = all_times(calls, rounds=rounds, warm_up=0 if arms else 1)
         tokens = {name: len(arm.choices[0][1]) for name, arm in arms.items()}
         if world.rank == 0:
             found = {"times_ms": times, "sent": sent, "tokens": tokens}

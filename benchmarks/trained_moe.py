@@ -19,6 +19,7 @@ from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.profile import profile
 from ep_engine.quickstart import Progress, Sizes, make_text
 from ep_engine.resolve import resolve
+from ep_engine.routing_trace import save_trace
 from ep_engine.tokens import TokenFile
 from ep_engine.trainer import train
 
@@ -72,7 +73,10 @@ def make_new(folder: Path, shape: MoEShape) -> None:
 
 
 def train_moe(folder: Path, shape: MoEShape, steps: int) -> tuple[Path, Profile]:
-    """Train a new model on two ranks here, and profile it; the checkpoint and its profile, in profile.npz too."""
+    """Train a new model on two ranks here, and profile it; the checkpoint and its profile, in profile.npz too.
+
+    The trace of the profile's text is in trace.npz.
+    """
     make_new(folder, shape)
     config = run_config(
         folder,
@@ -88,8 +92,13 @@ def train_moe(folder: Path, shape: MoEShape, steps: int) -> tuple[Path, Profile]
     checkpoint = newest(folder / "trained")
     assert checkpoint is not None, "a run that ends well has written one"
     text = TokenFile(folder / "text/train", vocab_size=VOCABULARY)
-    counted = profile(checkpoint, text, max_tokens=PROFILE_TOKENS, sequence_length=SEQUENCE).profile
+    found = profile(
+        checkpoint, text, max_tokens=PROFILE_TOKENS, sequence_length=SEQUENCE, keep_ids=True, keep_scores=True
+    )
+    counted = found.profile
     counted.save(folder / "profile.npz")
+    assert found.ids_LTK is not None, "they were kept"
+    save_trace(folder / "trace.npz", found.ids_LTK, found.scores_LTE)
     return checkpoint, counted
 
 

@@ -1,4 +1,4 @@
-"""The command line: `ep-engine quickstart | train | plan | profile | place`."""
+"""The command line: `ep-engine quickstart | train | plan | profile | place | simulate`."""
 
 import os
 import sys
@@ -117,6 +117,7 @@ def profile_command(
     sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a window")] = 128,
     seed: Annotated[int, typer.Option(help="of the sample")] = 0,
     trace: Annotated[Path | None, typer.Option(help="also write the experts of every token")] = None,
+    scores: Annotated[bool, typer.Option("--scores", help="and their logits, to try other rules on the trace")] = False,
     picture: Annotated[Path | None, typer.Option(help="also draw them, as .png, .svg or .pdf")] = None,
     top_k: Annotated[int | None, typer.Option(help="experts per token, for published counts")] = None,
     timeout_s: Annotated[float, typer.Option(min=1, help="after which a silent rank is given up")] = 300.0,
@@ -125,6 +126,7 @@ def profile_command(
 ) -> None:
     """Count on text which experts serve tokens together; under torchrun on as many ranks as it starts."""
     from ep_engine.collaboration_report import describe_collaboration, picture_kind, save_picture
+    from ep_engine.errors import UserError
     from ep_engine.mesh import World
     from ep_engine.output import check_output_file
     from ep_engine.profile import Profiled, profile, token_file
@@ -138,9 +140,11 @@ def profile_command(
             check_output_file(path, overwrite=overwrite)
     if picture is not None:
         picture_kind(picture)
+    if scores and trace is None:
+        raise UserError("--scores has no effect without --trace, the file they go to; name one")
     if model.suffix == ".pkl":
         refuse_unread(model, {"--corpus": corpus, "--tokens": tokens, "--trace": trace})
-        found = Profiled(read_published_counts(model, top_k), halves=[], ids_LTK=None)
+        found = Profiled(read_published_counts(model, top_k), halves=[])
     else:
         text_of = token_file(model, corpus, tokens, max_tokens + 1, seed)
         with text_of as text, bar("profiling", max_tokens, show=world.rank == 0) as advance:
@@ -151,6 +155,7 @@ def profile_command(
                 sequence_length=sequence_length,
                 seed=seed,
                 keep_ids=trace is not None,
+                keep_scores=scores,
                 world=world,
                 timeout_s=timeout_s,
                 advance=advance,
@@ -160,7 +165,7 @@ def profile_command(
     counted = found.profile
     counted.save(out)
     if trace is not None and found.ids_LTK is not None:
-        save_trace(trace, found.ids_LTK)
+        save_trace(trace, found.ids_LTK, found.scores_LTE)
     described = describe_collaboration(counted)
     if picture is not None:
         save_picture(picture, counted, found.halves)
@@ -226,6 +231,35 @@ def place_command(
         print_json({"written": str(out), **found})
     else:
         print_placement(found, out, Console())
+
+
+@app.command("simulate")
+def simulate_command(
+    trace: Annotated[Path, typer.Argument(help="of `ep-engine profile --trace`; with --scores for rules but topk")],
+    run: Annotated[Path, typer.Option(help="TOML file of the run: model, batch, layout")],
+    cluster: Annotated[Path, typer.Option(help="TOML file of the devices and links; see launch/clusters")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, of the run")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="topk, c2r:T, c2r_grouped:T:M, group_limited:GROUPS:M")] = None,
+    placement: Annotated[list[str] | None, typer.Option(help="placement.json, or contiguous [the run's]")] = None,
+    profile: Annotated[Path | None, typer.Option(help="of the lists of C2R [the run's]")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="[as the cluster's file says]")] = None,
+    network_gbit: Annotated[float | None, typer.Option(min=0, help="Gbit/s between nodes [as it says]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict the step time, the slowest rank and the memory of a run on a cluster, for rules and placements."""
+    from rich.console import Console
+
+    from ep_engine.cluster import read_cluster
+    from ep_engine.config import load_config
+    from ep_engine.what_if import compare, print_comparison, variants
+
+    config = load_config(run, overrides or [])
+    there = read_cluster(cluster).changed(nodes, network_gbit)
+    found = compare(variants(config, rule or [], placement or [], profile), there, trace)
+    if as_json:
+        print_json({"cluster": there.model_dump(), "cases": found})
+    else:
+        print_comparison(found, Console())
 
 
 def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:

@@ -72,14 +72,15 @@ _STACKED = {"w_gate_up": ("w_gate", "w_up")}  # what a module stacks along the f
 
 
 def module_entries(
-    named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]], etp: DeviceMesh | None = None
+    named: Iterable[tuple[str, Tensor]], expert_ids: Mapping[str, list[int]], experts: DeviceMesh | None = None
 ) -> dict[str, Shard]:
     """Map a module's tensors to checkpoint entries.
 
     Args:
-        named: (name, tensor) pairs; a tensor may be a DTensor sharded along its first two dims.
+        named: (name, tensor) pairs; a tensor may be a DTensor sharded along its first two dims, or, of experts, along
+            the one that is the model's width: each rank then has a slice of all of them.
         expert_ids: for each `...experts` module, the logical expert id in each of its rows, -1 for an empty slot.
-        etp: the ranks that split each expert along its hidden width; None: experts are whole.
+        experts: their mesh, whose axis etp splits each along its hidden width; None: experts are whole.
     """
     entries: dict[str, Shard] = {}
     for name, tensor in named:
@@ -88,23 +89,28 @@ def module_entries(
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if module in expert_ids:
             first_row = _offset(tensor)[0]
+            sliced = isinstance(tensor, DTensor) and not tensor.placements[0].is_shard(0)
             for row in range(local.shape[0]):
                 expert = expert_ids[module][first_row + row]
                 if expert < 0:
                     continue
                 parts = _STACKED.get(leaf, (leaf,))
                 for part, of_expert in zip(parts, local[row].chunk(len(parts)), strict=True):
-                    entries[f"{module}.{expert}.{part}"] = _expert_shard(part, of_expert, etp)
+                    entries[f"{module}.{expert}.{part}"] = _expert_shard(part, of_expert, sliced, experts)
         else:
             entries[name] = _shard(tensor, local)
     return entries
 
 
-def _expert_shard(name: str, local: Tensor, etp: DeviceMesh | None) -> Shard:
-    """A matrix of an expert, or the part of its hidden width that is here: columns of w_down, rows of the others."""
-    if etp is None or etp.size() == 1:
+def _expert_shard(name: str, local: Tensor, sliced: bool, experts: DeviceMesh | None) -> Shard:
+    """A matrix of an expert, or what is here of it: of the model's width over edp, of its own over etp."""
+    model_dim, own_dim = (0, 1) if name == "w_down" else (1, 0)
+    dims = {"edp": model_dim} if sliced else {}
+    if experts is not None and experts["etp"].size() > 1:
+        dims["etp"] = own_dim
+    if experts is None or not dims:
         return Shard(local, local, 0)
-    split = DTensor.from_local(local, etp, [Split(1 if name == "w_down" else 0)], run_check=False)
+    split = DTensor.from_local(local, experts[tuple(dims)], [Split(dim) for dim in dims.values()], run_check=False)
     return _shard(split, local)
 
 

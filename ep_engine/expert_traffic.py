@@ -8,6 +8,7 @@ Shape letters as in ops.py; L MoE layers, N tokens of a step on all ranks.
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -63,12 +64,29 @@ class Groups:
         return "self" if rank == other else "node" if node[rank] == node[other] else "network"
 
     def own_tokens(self, config: RunConfig, rank: int, x_LNK: Tensor) -> Tensor:
-        """Of all tokens of a step those that a rank routes, (L, parts, T, K): its rows, its share of their sequence."""
+        """Of all tokens of a step those that a rank routes, (L, parts, T, K): its rows, its share of their sequence.
+
+        Where there are fewer, they are repeated.
+        """
         dp, tp = self.around(rank, "dp"), self.around(rank, "tp")
-        data, parts = config.data, config.train.micro_batches
-        sizes = (parts, len(dp), data.batch_size // parts // len(dp), len(tp), data.sequence_length // len(tp))
-        own: Tensor = x_LNK.unflatten(1, sizes)[:, :, dp.index(rank), :, tp.index(rank)]
-        return own.flatten(2, 3)
+        parts, length = config.train.micro_batches, config.data.sequence_length
+        rows, share = config.data.batch_size // parts // len(dp), length // len(tp)
+        row = (torch.arange(parts)[:, None] * len(dp) + dp.index(rank)) * rows + torch.arange(rows)
+        numbers = row[:, :, None] * length + tp.index(rank) * share + torch.arange(share)
+        return x_LNK[:, numbers.flatten(1) % x_LNK.shape[1]]
+
+    def some(self, most_ranks: int) -> "Groups":
+        """The same with only the first dispatch groups of every pipeline stage, of about so many ranks or one group."""
+        of_stage: dict[int, list[list[int]]] = {}
+        for group in self.axes["dispatch"]:
+            chosen = of_stage.setdefault(self.around(group[0], "pp").index(group[0]), [])
+            if not chosen or (len(chosen) + 1) * len(group) <= most_ranks:
+                chosen.append(group)
+        return replace(self, axes={**self.axes, "dispatch": [*chain(*of_stage.values())]})
+
+    def counted(self) -> list[int]:
+        """The ranks of its dispatch groups, ascending."""
+        return sorted(rank for group in self.axes["dispatch"] for rank in group)
 
 
 @dataclass(frozen=True)
@@ -86,20 +104,20 @@ class ExpertTraffic:
     """Of one step.
 
     Attributes:
-        ledgers: of every rank.
+        ledgers: of every rank that was counted.
         passed: by (rank, layer, part).
     """
 
-    ledgers: list[Ledger]
+    ledgers: dict[int, Ledger]
     passed: dict[tuple[int, int, int], Passed] = field(default_factory=dict)
 
     def times(self, factor: int) -> "ExpertTraffic":
         """The same of as many times the tokens."""
-        ledgers = []
-        for ledger in self.ledgers:
+        ledgers = {}
+        for rank, ledger in self.ledgers.items():
             sent = Counter({key: num_bytes * factor for key, num_bytes in ledger.sent.items()})
             tokens = Counter({layer: count * factor for layer, count in ledger.tokens.items()})
-            ledgers.append(replace(ledger, sent=sent, tokens=tokens))
+            ledgers[rank] = replace(ledger, sent=sent, tokens=tokens)
         passed = {
             key: Passed(one.rows * factor, one.copies * factor, one.sent * factor, one.width)
             for key, one in self.passed.items()
@@ -133,24 +151,24 @@ def count_traffic(
         config: of the run.
         stages: of its pipeline.
         placement: of its experts.
-        groups: of its ranks.
-        ids_LNK: experts of the tokens of one step, in the order of routing_trace.py.
+        groups: of its ranks; those of `dispatch` are counted.
+        ids_LNK: experts of the tokens of one step, in the order of routing_trace.py; repeated if they are fewer.
         hidden_size: D.
 
     Raises:
         UserError: a rank would get more rows than moe.fixed_rows.
     """
-    ranks = range(len(groups.node_of_rank))
-    tiers = [[groups.tier(rank, other) for other in groups.around(rank, "dispatch")] for rank in ranks]
-    found = ExpertTraffic([Ledger(of_rank) for of_rank in tiers])
+    ranks = groups.counted()
+    tiers = {rank: [groups.tier(rank, other) for other in groups.around(rank, "dispatch")] for rank in ranks}
+    found = ExpertTraffic({rank: Ledger(of_rank) for rank, of_rank in tiers.items()})
     axes = ["ep_across", "ep_inside"] if transport_of(config, groups, placement) == "hierarchical" else ["dispatch"]
-    ids_of_rank = [groups.own_tokens(config, rank, ids_LNK) for rank in ranks]
     for group in groups.axes["dispatch"]:
         here = stages.on(groups.around(group[0], "pp").index(group[0]))
         for layer in (layer for stage in here for layer in stages.layers[stage]):
+            ids_of_rank = {rank: groups.own_tokens(config, rank, ids_LNK[layer : layer + 1])[0] for rank in group}
             ways = {rank: _way(config, placement, groups, axes, rank, layer, found.ledgers[rank]) for rank in group}
             for part in range(config.train.micro_batches):
-                given = {rank: ids_of_rank[rank][layer, part].long() for rank in group}
+                given = {rank: ids_of_rank[rank][part].long() for rank in group}
                 for rank, passed in _pass(config, groups, axes, ways, given, hidden_size).items():
                     found.passed[rank, layer, part] = passed
     return found

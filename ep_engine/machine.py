@@ -10,6 +10,11 @@ def describe_machine() -> str:
     return f"{_processor()}, {os.cpu_count()} cores"
 
 
+def memory_gb() -> float:
+    """Of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

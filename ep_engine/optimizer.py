@@ -41,13 +41,13 @@ def make_optimizer(stages: Sequence[Decoder], train: TrainSection) -> torch.opti
 
 
 def moment_entries(
-    stages: Sequence[Decoder], optimizer: torch.optim.AdamW, *, etp: DeviceMesh | None = None
+    stages: Sequence[Decoder], optimizer: torch.optim.AdamW, *, experts: DeviceMesh | None = None
 ) -> dict[str, Shard]:
     """Checkpoint entries of both moments, `exp_avg/<entry of the weight>` and `exp_avg_sq/...`; see `entries_of`."""
     entries: dict[str, Shard] = {}
     for moment in _MOMENTS:
         tensors = {name: optimizer.state[p][moment] for name, p in named_parameters(stages)}
-        entries |= entries_of(stages, tensors, f"{moment}/", etp=etp)
+        entries |= entries_of(stages, tensors, f"{moment}/", experts=experts)
     return entries
 
 

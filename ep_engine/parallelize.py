@@ -8,8 +8,9 @@ own part of every row. What does so has whole weights and gradients from tokens 
 ranks of its stage, like the weights of a data-parallel model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 from ep_engine.config import MoESection
 from ep_engine.connect import Connection, connect
 from ep_engine.entries import Shard, module_entries
+from ep_engine.experts import Experts
 from ep_engine.feed_forward import SharedGate
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
@@ -164,14 +166,21 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
     split = meshes.dense["tp"].size() > 1
     left: set[nn.Parameter] = set()
 
-    def shard(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool = reshard) -> None:
+    def shard(
+        module: nn.Module,
+        mesh: DeviceMesh,
+        policy: MixedPrecisionPolicy,
+        split_dim: Callable[[nn.Parameter], Split] | None = None,
+    ) -> None:
         if mesh.size() == 1 and policy.param_dtype == torch.float32:
             left.update(module.parameters())
-        else:
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=left)
+            return
+        options: dict[str, Any] = {"reshard_after_forward": reshard, "ignored_params": left}
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=split_dim, **options)
 
+    edp = meshes.experts["edp"]
     for moe in model.moe_layers().values():
-        shard(moe.experts, meshes.experts["edp"], uncast)
+        shard(moe.experts, edp, uncast, _split_dim(moe.experts, edp.size()))
         if dtype != torch.float32 or split:
             shard(moe.router, meshes.stage, exact)
     if split:
@@ -189,21 +198,38 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
             module.set_force_sum_reduction_for_comms(True)
 
 
+def slices_experts(num_slots: int, hidden_size: int, copies: int) -> bool:
+    """Whether each of the ranks with the same experts keeps a slice of all, along the model's width.
+
+    Else they share whole experts out, which FSDP2 pads to the same number for each: where there are fewer experts than
+    ranks, most would hold and gather padding.
+    """
+    return num_slots < copies and hidden_size % copies == 0
+
+
+def _split_dim(experts: Experts, copies: int) -> Callable[[nn.Parameter], Split] | None:
+    """The dim along which FSDP2 splits the weights of experts over their copies; None: the first."""
+    w_gate_up = experts.w_gate_up
+    if not slices_experts(w_gate_up.shape[0], w_gate_up.shape[2], copies):
+        return None
+    return lambda weight: Split(2 if weight is w_gate_up else 1)
+
+
 def entries_of(
     stages: Sequence[Decoder],
     tensors: dict[str, DTensor] | None = None,
     prefix: str = "",
     *,
-    etp: DeviceMesh | None = None,
+    experts: DeviceMesh | None = None,
 ) -> dict[str, Shard]:
     """Checkpoint entries of this rank's weights, or of tensors that lie as they do (moments), under `prefix`.
 
-    `etp` is the mesh of the ranks that split each expert; None: they are whole.
+    `experts` is the mesh of the experts; None: they are whole.
     """
     named = dict(named_parameters(stages)) if tensors is None else tensors
     moes = {i: moe for stage in stages for i, moe in stage.moe_layers().items()}
     expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in moes.items()}
-    entries = module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, etp)
+    entries = module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, experts)
     for name in (prefix + copy for stage in stages for copy in stage.copies):
         entries[name] = replace(entries[name], is_copy=True)
     return entries

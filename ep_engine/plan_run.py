@@ -60,8 +60,8 @@ def plan_run(
         "groups": [_groups(step, groups) for step in steps],
         "memory": {"ranks": memory, "alike": _alike(memory)},
         "traffic": {
-            "experts": _sum_of(traffic.ledgers),
-            "experts_of_ranks": [_sum_of([ledger])["total"] for ledger in traffic.ledgers],
+            "experts": _sum_of([*traffic.ledgers.values()]),
+            "experts_of_ranks": [_sum_of([ledger])["total"] for ledger in traffic.ledgers.values()],
             "dense_of_ranks": [dense_traffic(step, groups) for step in steps],
         },
     }
@@ -73,7 +73,7 @@ def _experts(
     if layout.placement is None:
         if trace is not None:
             raise UserError(f"--trace {trace} has no effect on a dense model; leave it out")
-        return ExpertTraffic([Ledger() for _ in groups.node_of_rank]), "none: the model is dense"
+        return ExpertTraffic({rank: Ledger() for rank in range(len(groups.node_of_rank))}), "none: the model is dense"
     factor = _thinning(config) if trace is None else 1
     length = config.data.sequence_length // factor
     thinned = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})

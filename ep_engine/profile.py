@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,11 +42,13 @@ class Profiled:
         halves: how well two halves of the text agree, as it grew: tokens of a half, and the mean over layers of the
             correlation of their pairs. NaN where a layer has nothing to compare.
         ids_LTK: int16, experts of all tokens on rank 0, if they were to be kept.
+        scores_LTE: float16, their logits, likewise.
     """
 
     profile: Profile
     halves: list[tuple[int, float]]
-    ids_LTK: NDArray[np.int16] | None
+    ids_LTK: NDArray[np.int16] | None = None
+    scores_LTE: NDArray[np.float16] | None = None
 
 
 def profile(
@@ -56,6 +59,7 @@ def profile(
     sequence_length: int,
     seed: int = 0,
     keep_ids: bool = False,
+    keep_scores: bool = False,
     world: World | None = None,
     timeout_s: float = 300.0,
     advance: Callable[[int], None] = lambda _: None,
@@ -72,6 +76,7 @@ def profile(
         sequence_length: S, tokens of a window.
         seed: of the sample.
         keep_ids: keep the experts of every token.
+        keep_scores: and the routers' logits, in 16 bits.
         world: this process and its fellows, who all call this; None: it is alone.
         timeout_s: a rank that hears nothing from another for so long fails.
         advance: called with the number of tokens done.
@@ -99,8 +104,8 @@ def profile(
         (model,), _ = build(
             config, placement, meshes, device=device, dtype=torch.float32, tokens=_ROWS * sequence_length
         )
-        checkpoint.load(folder, entries_of([model], etp=meshes.experts["etp"]), group=meshes.world)
-        counter = _Counter(config, sequence_length, device, keep_ids)
+        checkpoint.load(folder, entries_of([model], experts=meshes.experts), group=meshes.world)
+        counter = _Counter(config, sequence_length, device, keep_ids, keep_scores)
         model.eval().watch = counter
         per_pass, passes = _ROWS * world.size, 0
         with torch.no_grad():
@@ -115,7 +120,10 @@ def profile(
                     counter.compare_halves(done // 2, meshes)
                 advance(done)
         counted = Profile.of_pairs(counter.total(meshes).sum(axis=0), config.moe.top_k, about)
-        return Profiled(counted, counter.halves, counter.all_ids(meshes) if keep_ids else None)
+        ids_LTK = counter.of_all(counter.ids, meshes) if keep_ids else None
+        return Profiled(
+            counted, counter.halves, ids_LTK, counter.of_all(counter.scores, meshes) if keep_scores else None
+        )
 
 
 @contextmanager
@@ -150,14 +158,17 @@ def token_file(
 class _Counter:
     """What the routers of this rank chose; windows with even and with odd numbers are counted apart."""
 
-    def __init__(self, config: ModelConfig, sequence_length: int, device: torch.device, keep_ids: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, sequence_length: int, device: torch.device, keep_ids: bool, keep_scores: bool
+    ) -> None:
         assert config.moe is not None, "the caller has asked"
         experts = config.moe.num_experts
         self.pairs_2LEE = torch.zeros(2, config.num_layers, experts, experts, dtype=torch.int64, device=device)
         self.halves: list[tuple[int, float]] = []
         self.first_window = 0
-        self._sequence_length, self._keep = sequence_length, keep_ids
-        self._ids: dict[int, list[Tensor]] = {layer: [] for layer in range(config.num_layers)}
+        self._sequence_length, self._keep_ids, self._keep_scores = sequence_length, keep_ids, keep_scores
+        self.ids: dict[int, list[Tensor]] = {layer: [] for layer in range(config.num_layers)}
+        self.scores: dict[int, list[Tensor]] = {layer: [] for layer in range(config.num_layers)}
 
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         """See `model.Watch`."""
@@ -166,8 +177,10 @@ class _Counter:
             for parity in range(2):
                 own = rows[(parity - self.first_window) % 2 :: 2].flatten(0, 1).contiguous()
                 ops.count_pairs(own, self.pairs_2LEE[parity, layer])
-            if self._keep:
-                self._ids[layer].append(router.ids_TK.to("cpu", torch.int16))
+            if self._keep_ids:
+                self.ids[layer].append(router.ids_TK.to("cpu", torch.int16))
+            if self._keep_scores:
+                self.scores[layer].append(router.logits_TE.to("cpu", torch.float16))
         return x
 
     def total(self, meshes: Meshes) -> NDArray[np.int64]:
@@ -184,9 +197,9 @@ class _Counter:
         if found:
             self.halves.append((tokens, float(np.mean(found))))
 
-    def all_ids(self, meshes: Meshes) -> NDArray[np.int16] | None:
-        """(L, T, K) on rank 0: in the order of the passes, and in each in that of the ranks."""
-        of_passes = [torch.stack(of_pass) for of_pass in zip(*self._ids.values(), strict=True)]
+    def of_all(self, kept: dict[int, list[Tensor]], meshes: Meshes) -> NDArray[Any] | None:
+        """(L, T, ...) on rank 0: in the order of the passes, and in each in that of the ranks."""
+        of_passes = [torch.stack(of_pass) for of_pass in zip(*kept.values(), strict=True)]
         rank, size = dist.get_rank(meshes.world), dist.get_world_size(meshes.world)
         found = []
         for own in of_passes:

@@ -1,13 +1,14 @@
 """Routing traces: which experts the tokens of a step went to, read from a file or drawn.
 
-A trace is an .npz with one array, `ids` (L, T, K) integers: the experts of every token in every MoE layer. Tokens stand
-in the order of the batch: part by part, row by row, position by position. T is that of one step at least; what goes
-beyond is not read.
+A trace is an .npz with `ids` (L, T, K) integers: the experts of every token in every MoE layer. Tokens stand in the
+order of the batch: part by part, row by row, position by position. T is that of one step at least; what goes beyond is
+not read. With `scores` (L, T, E) beside them, the routers' logits in 16 bits, other rules can be tried on it.
 
 Shape letters:  L MoE layers   T tokens of a step, on all ranks   K top_k   E experts
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +24,11 @@ from ep_engine.selection import make_rule
 DRAWN = 1 << 16  # tokens; a step of more repeats them, which changes no share
 
 
-def save_trace(path: Path, ids_LTK: NDArray[np.int16]) -> None:
+def save_trace(path: Path, ids_LTK: NDArray[np.int16], scores_LTE: NDArray[np.float16] | None = None) -> None:
     """Write a trace of the experts of tokens that follow each other, for every layer."""
+    arrays: dict[str, Any] = {"ids": ids_LTK} if scores_LTE is None else {"ids": ids_LTK, "scores": scores_LTE}
     with whole_file(path) as beside, beside.open("wb") as file:
-        np.savez_compressed(file, ids=ids_LTK)
+        np.savez_compressed(file, **arrays)
 
 
 def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tuple[Tensor, str]:
@@ -86,13 +88,37 @@ def read_ids(path: Path, num_layers: int, num_experts: int, top_k: int) -> Tenso
     return _checked(ids, path, num_layers, num_experts, top_k)
 
 
-def _array(path: Path) -> Tensor | None:
+def choose_again(path: Path, ids_LTK: Tensor, model: ModelConfig) -> Tensor:
+    """The experts that the model's rule chooses by a trace's scores, (L, T, K) int16.
+
+    Raises:
+        UserError: the trace has no scores, or not those of its tokens.
+    """
+    moe = model.moe
+    assert moe is not None, "a trace is of a MoE model"
+    scores_LTE = _array(path, "scores")
+    if scores_LTE is None:
+        raise UserError(
+            f"trace {path} says which experts were chosen, but not what rule {moe.routing.rule} would choose; make it "
+            "with `ep-engine profile --trace --scores`"
+        )
+    shape = (*ids_LTK.shape[:2], moe.num_experts)
+    if not scores_LTE.is_floating_point() or scores_LTE.shape != shape or not scores_LTE.isfinite().all():
+        raise UserError(
+            f"trace {path} must have finite `scores` of {shape}, got {tuple(scores_LTE.shape)} of {scores_LTE.dtype}; "
+            "trace this model"
+        )
+    chosen = [make_rule(moe, layer).select(scores_TE.float()) for layer, scores_TE in enumerate(scores_LTE)]
+    return torch.stack(chosen).to(torch.int16)
+
+
+def _array(path: Path, name: str = "ids") -> Tensor | None:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            ids = file.get("ids")
+            found = file.get(name)
     except UNREADABLE as error:
         raise UserError(f"trace {path} cannot be read ({error}); give an .npz with `ids` (L, T, K)") from None
-    return None if ids is None else torch.from_numpy(np.ascontiguousarray(ids))
+    return None if found is None else torch.from_numpy(np.ascontiguousarray(found))
 
 
 def _checked(ids_LTK: Tensor, path: Path, num_layers: int, num_experts: int, top_k: int) -> Tensor:

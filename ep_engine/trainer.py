@@ -115,7 +115,7 @@ class Trainer:
             meshes.dense["dp"].size(),
             meshes.dense["tp"].size(),
         )
-        self.etp = meshes.experts["etp"]
+        self.experts = meshes.experts
         data, train = self.config.data, self.config.train
         rows = data.batch_size // train.micro_batches  # of a part of a batch
         self.tokens_per_step = data.batch_size * data.sequence_length
@@ -174,11 +174,11 @@ class Trainer:
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
-        weights = entries_of(self.stages, etp=self.etp)
+        weights = entries_of(self.stages, experts=self.experts)
         if self.run.checkpoint is None:
             initialise(weights, self.run.model, self.config.train.seed)
             return 0
-        moments = moment_entries(self.stages, self.optimizer, etp=self.etp) if self.run.resume else {}
+        moments = moment_entries(self.stages, self.optimizer, experts=self.experts) if self.run.resume else {}
         kept = checkpoint.load(self.run.checkpoint, {**weights, **moments}, group=self.group)
         step: int = kept["step"] if self.run.resume else 0
         set_step(self.optimizer, step)
@@ -221,8 +221,8 @@ class Trainer:
 
     def check_agreement(self) -> None:
         """See agreement.py."""
-        entries = entries_of(self.stages, etp=self.etp)
-        moments = moment_entries(self.stages, self.optimizer, etp=self.etp)
+        entries = entries_of(self.stages, experts=self.experts)
+        moments = moment_entries(self.stages, self.optimizer, experts=self.experts)
         check_agreement(self.stages, entries | moments, self._part(0), self.meshes, self.step)
 
     @contextmanager
@@ -328,7 +328,8 @@ class Trainer:
         return evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
 
     def _save(self) -> None:
-        entries = entries_of(self.stages, etp=self.etp) | moment_entries(self.stages, self.optimizer, etp=self.etp)
+        moments = moment_entries(self.stages, self.optimizer, experts=self.experts)
+        entries = entries_of(self.stages, experts=self.experts) | moments
         self.saver.save(self.step, entries)
 
     def _watch_routing(self) -> tuple[RoutingMetrics | None, PlacementWatch | None]:

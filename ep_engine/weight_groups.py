@@ -8,6 +8,7 @@ from ep_engine.config import RunConfig
 from ep_engine.entries import expected_entries
 from ep_engine.expert_traffic import Groups
 from ep_engine.model_config import ModelConfig
+from ep_engine.parallelize import slices_experts
 from ep_engine.placement import Placement
 
 _FLOAT = 4
@@ -18,7 +19,7 @@ class Weights:
     """Weights that FSDP gathers and whose gradients it sums together."""
 
     shapes: tuple[tuple[int, ...], ...]  # as they are gathered
-    axis: str  # of the ranks that share them, along the first dim
+    axis: str  # of the ranks that share them, along the first dim, be it the first in memory or not
     ranks: int  # their number
     position: int  # of this rank among them
     itemsize: int  # of computation
@@ -94,6 +95,8 @@ def stage_weights(
             width, d = model.moe.expert_hidden_size // parallel.expert_tensor_parallel_size, model.hidden_size
             edp = groups.around(rank, "edp")
             experts = ((slots, 2 * width, d), (slots, d, width))
+            if slices_experts(slots, d, len(edp)):
+                experts = ((d, slots, 2 * width), (d, slots, width))
             keep = parallel.reshard_after_forward
             of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep))
     first, last = layers.start == 0, layers.stop == model.num_layers

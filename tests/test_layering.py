@@ -22,7 +22,7 @@ ORDER = [
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "routing_metrics", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
-    "plan_run",
+    "cluster", "work", "plan_run", "simulate", "what_if",
     "collaboration_report", "profile", "report",  # what a user calls
     "command_line", "quickstart", "cli",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from ep_engine.tokens import TokenFile
 from ep_engine.trainer import train
 from tests.distributed import run_ranks
 from tests.run_cases import NEW_MODEL, losses, moe_model, small_run, train_here, write_text
-from tests.small_models import dense_folder, run_tool
+from tests.small_models import dense_folder, moe_checkpoint, run_tool
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 
@@ -122,6 +122,40 @@ def test_every_layout_gives_the_losses_of_one_process(layout: str, folder: Path)
     assert (profiles[0].counts == profiles[1].counts).all()
     moving = ep_size * parallel.get("expert_tensor_parallel_size", 1) > 1
     assert (summaries[1]["ledger"]["bytes_per_token"]["total"] > 0) == moving
+
+
+# Ranks and sizes, with two experts: fewer on a rank than ranks have the same, so that each has a slice of every one.
+SLICED: dict[str, tuple[int, dict[str, Any]]] = {
+    "edp4": (4, {}),
+    "edp2 ep2, gathered again": (4, {"expert_parallel_size": 2, "reshard_after_forward": True}),
+    "edp2 ep2 etp2 tp2": (
+        8,
+        {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2, "tensor_parallel_size": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_slices_of_experts_train_and_go_on_elsewhere_like_whole_ones(name: str, folder: Path) -> None:
+    if not (folder / "two").exists():
+        moe_checkpoint(folder / "two", folder / "dense", num_experts=2, top_k=1)
+    world_size, parallel = SLICED[name]
+    at = f"sliced-{name.replace(' ', '-')}"
+    sections: dict[str, Any] = {
+        "model": {"checkpoint": str(folder / "two")},
+        "train": {"steps": 8, "save_every": 4, "micro_batches": 2 if world_size < 8 else 1},
+    }
+    single = small_run(folder, f"{at}-one", **sections)
+    train_here(single)
+    config = small_run(folder, at, **sections, parallel=parallel)
+    run_ranks(_train, config, world_size=world_size)
+    assert losses(config) == pytest.approx(losses(single), rel=1e-5)
+    one, many = (open_source(c.output.folder / "checkpoints/step_000008").tensors for c in (single, config))
+    for weight, tensor in one.items():
+        torch.testing.assert_close(many[weight], tensor, rtol=1e-3, atol=1e-4)
+    (config.output.folder / "checkpoints/step_000008").rename(folder / f"{at}-away")
+    train_here(small_run(folder, at, **sections, output={"resume": True}))  # moments come from the slices too
+    assert losses(config) == pytest.approx(losses(single), rel=1e-5)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
