@@ -1,4 +1,4 @@
-"""What does each kind of parallelism cost on 1 to 8 ranks here, and what does a plan expect of 8 to 4096 GPUs?
+"""What does each kind of parallelism cost on 1 to 8 ranks here, and what is foretold of 8 to 4096 GPUs?
 
     python -m benchmarks.scaling [--ranks 1 2 4 8] [--gpus 8 64 512 4096] [--rounds 5] [--json OUT]
 
@@ -7,12 +7,8 @@ by ranks that share its two cores: nothing can become faster here, so what is to
 over that of one process that does the same work (for pp: with as many parts of the batch). Memory is the largest
 resident set of a rank. Bytes left a rank in a step: those of experts from the ledger, the others as `plan` counts them.
 
-Modelled, and measured nowhere: a step of a model of 16 billion parameters on GPUs (see MODEL), 8 on a node, EP over at
-most 64 of them, data-parallel beyond, as the sum of three times in which nothing overlaps:
-
-    compute   6 x active weights x tokens of a GPU / (efficiency x peak)
-    rows      bytes of experts' rows that leave a GPU over NVLink and over the network, each by its bandwidth
-    dense     the same of gathered weights and summed gradients
+Modelled, and measured nowhere: a step of a model of 16 billion parameters on GPUs (see MODEL), EP over at most 64 of
+them, data-parallel beyond, uniform routing, by `ep-engine simulate` on launch/clusters/h200-ib.toml.
 """
 
 import argparse
@@ -29,12 +25,14 @@ from rich.table import Table
 from benchmarks.ranks import Together, all_times, on_ranks, summary
 from benchmarks.timing import write_results
 from benchmarks.trained_moe import MoEShape, make_new, run_config
+from ep_engine.cluster import read_cluster
 from ep_engine.config import RunConfig, make_config
-from ep_engine.entries import expected_entries
 from ep_engine.mesh import World, process_groups
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.plan_run import plan_run
 from ep_engine.resolve import resolve
+from ep_engine.routing_trace import DRAWN, draw_routing, save_trace
+from ep_engine.simulate import simulate
 from ep_engine.trainer import Trainer
 
 SHAPE = MoEShape(hidden=256, layers=8)
@@ -45,13 +43,8 @@ SIZE_KEYS = {
     "ep": "expert_parallel_size",
     "dp": "data_parallel_size",
 }
-GPU = {
-    "peak_tflops": 989.0,  # dense bfloat16 of an H100 SXM by its data sheet
-    "efficiency": 0.4,
-    "nvlink_gb_per_s": 450.0,  # one direction
-    "network_gb_per_s": 50.0,  # of a GPU: 400 Gbit/s
-    "tokens": 4 * 4096,  # of a GPU in a step
-}
+TOKENS = 4 * 4096  # of a GPU in a step
+CLUSTER = Path(__file__).resolve().parent.parent / "launch/clusters/h200-ib.toml"
 MODEL = ModelConfig(
     vocab_size=102_400,
     hidden_size=2048,
@@ -127,50 +120,30 @@ def here(folder: Path, ranks: list[int], rounds: int) -> dict[str, Any]:
 
 
 def on_gpus(folder: Path, gpus: int) -> dict[str, float]:
-    """The modelled step, and the plan's memory."""
+    """The modelled step."""
     (folder / "model.json").write_text(MODEL.model_dump_json())
+    trace = folder / "uniform.npz"
+    if not trace.exists():
+        save_trace(trace, draw_routing(MODEL, DRAWN, seed=0).numpy())
     sequence = MODEL.max_position_embeddings
-    data = {"train": "text", "sequence_length": sequence, "batch_size": int(GPU["tokens"]) // sequence * gpus}
     raw: dict[str, Any] = {
         "model": {"checkpoint": str(folder)},
-        "data": data,
+        "data": {"train": "text", "sequence_length": sequence, "batch_size": TOKENS // sequence * gpus},
         "train": {"steps": 1, "dtype": "bfloat16", "recompute": "selective"},
         "parallel": {"expert_parallel_size": min(gpus, 64), "device": "cuda"},
         "output": {"folder": str(folder / "run")},
     }
-    plan = plan_run(make_config(raw, "the benchmark's plan"), gpus, ranks_per_node=8)
-    most = {"node": 0.0, "network": 0.0}
-    dense = dict(most)
-    for tier in most:
-        most[tier] = max(sum(of[d][tier] for d in of) for of in plan["traffic"]["experts_of_ranks"])
-        dense[tier] = max(sum(of[kind][tier] for kind in of) for of in plan["traffic"]["dense_of_ranks"])
-
-    def milliseconds(by_tier: dict[str, float]) -> float:
-        return by_tier["node"] / GPU["nvlink_gb_per_s"] / 1e6 + by_tier["network"] / GPU["network_gb_per_s"] / 1e6
-
-    flops = 6 * active_weights(MODEL) * GPU["tokens"]
-    compute_ms = flops / (GPU["efficiency"] * GPU["peak_tflops"]) / 1e9
-    rows_ms, dense_ms = milliseconds(most), milliseconds(dense)
+    cluster = read_cluster(CLUSTER)
+    found = simulate(
+        make_config(raw, "the benchmark's model"), cluster.changed(gpus // cluster.devices_per_node, None), trace
+    )
     return {
         "ep": min(gpus, 64),
-        "memory_gb": max(one["total"] for one in plan["memory"]["ranks"]) / 1e9,
-        "nvlink_gb": most["node"] / 1e9,
-        "network_gb": most["network"] / 1e9,
-        "dense_gb": sum(dense.values()) / 1e9,
-        "compute_ms": compute_ms,
-        "rows_ms": rows_ms,
-        "dense_ms": dense_ms,
-        "tokens_per_s": GPU["tokens"] / (compute_ms + rows_ms + dense_ms) * 1e3,
+        "memory_gb": found["memory_gb"],
+        **{f"{tier}_kb_a_token": num_bytes / 1e3 for tier, num_bytes in found["bytes_per_token"].items()},
+        **{kind: found[kind] for kind in ("compute_ms", "rows_ms", "dense_ms")},
+        "tokens_per_s": found["tokens_per_second"] / gpus,
     }
-
-
-def active_weights(model: ModelConfig) -> int:
-    """Weights that a token meets: all but those of the experts that it does not go to, and of the embedding."""
-    assert model.moe is not None, "MODEL has experts"
-    sizes = {name: torch.Size(shape).numel() for name, shape in expected_entries(model).items()}
-    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
-    idle = experts * (model.moe.num_experts - model.moe.top_k) // model.moe.num_experts
-    return sum(sizes.values()) - idle - sizes["embed.weight"]
 
 
 def show(measured: dict[str, Any], modelled: dict[str, Any]) -> None:
@@ -209,7 +182,7 @@ def main() -> None:
     setting = {
         "rounds": args.rounds,
         "measured": {"shape": vars(SHAPE), "rows": ROWS, "threads": "one process: 2; ranks: 1 each, on 2 cores"},
-        "modelled": {"gpu": GPU, "model": MODEL.model_dump(mode="json"), "active_weights": active_weights(MODEL)},
+        "modelled": {"cluster": CLUSTER.name, "tokens": TOKENS, "model": MODEL.model_dump(mode="json")},
     }
     write_results(args.json, __doc__.splitlines()[0], setting, {"measured": measured, "modelled": modelled})
 

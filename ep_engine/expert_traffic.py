@@ -125,6 +125,21 @@ class ExpertTraffic:
         return ExpertTraffic(ledgers, passed)
 
 
+def thin(config: RunConfig, tokens: int, most: int) -> tuple[RunConfig, int]:
+    """The run with shorter sequences, so that at most `most` of the tokens that are to be counted are left.
+
+    Returns:
+        It, and how many tokens one stands for. A large step would take minutes to count.
+    """
+    positions = config.data.sequence_length // config.parallel.tensor_parallel_size
+    if config.moe.fixed_rows is not None:  # what is fixed does not grow with the tokens
+        return config, 1
+    factors = (f for f in range(1, positions + 1) if positions % f == 0)
+    factor = next((f for f in factors if tokens // f <= most), positions)
+    length = config.data.sequence_length // factor
+    return config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})}), factor
+
+
 def transport_of(config: RunConfig, groups: Groups, placement: Placement) -> str:
     """The transport that `connect.py` will take; `none` where a rank holds all experts."""
     parallel, wanted = config.parallel, config.moe.transport

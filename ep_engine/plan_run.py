@@ -15,7 +15,7 @@ from rich.table import Table
 from ep_engine.config import RunConfig
 from ep_engine.dense_traffic import dense_traffic
 from ep_engine.errors import UserError
-from ep_engine.expert_traffic import ExpertTraffic, Groups, count_traffic, transport_of
+from ep_engine.expert_traffic import ExpertTraffic, Groups, count_traffic, thin, transport_of
 from ep_engine.ledger import DIRECTIONS, TIERS, Ledger
 from ep_engine.memory import KINDS, Step
 from ep_engine.resolve import Layout, resolve_layout
@@ -74,10 +74,9 @@ def _experts(
         if trace is not None:
             raise UserError(f"--trace {trace} has no effect on a dense model; leave it out")
         return ExpertTraffic({rank: Ledger() for rank in range(len(groups.node_of_rank))}), "none: the model is dense"
-    factor = _thinning(config) if trace is None else 1
-    length = config.data.sequence_length // factor
-    thinned = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": length})})
-    tokens = config.data.batch_size * length
+    step = config.data.batch_size * config.data.sequence_length
+    thinned, factor = thin(config, step, DRAWN) if trace is None else (config, 1)
+    tokens = step // factor
     if trace is None:
         of = f", 1 of {factor} tokens" if factor > 1 else ""
         ids_LNK, what = draw_routing(layout.model, tokens, seed), f"uniform random, seed {seed}{of}"
@@ -85,16 +84,6 @@ def _experts(
         ids_LNK, what = read_trace(trace, layout.model, tokens, seed)
     found = count_traffic(thinned, layout.stages, layout.placement, groups, ids_LNK, layout.model.hidden_size)
     return found.times(factor), what
-
-
-def _thinning(config: RunConfig) -> int:
-    """How many tokens one that is drawn stands for, so that a large step does not take minutes to count."""
-    positions = config.data.sequence_length // config.parallel.tensor_parallel_size
-    tokens = config.data.batch_size * config.data.sequence_length
-    if config.moe.fixed_rows is not None:  # what is fixed does not grow with the tokens
-        return 1
-    factors = (f for f in range(1, positions + 1) if positions % f == 0)
-    return next((f for f in factors if tokens // f <= DRAWN), positions)
 
 
 def _groups(step: Step, groups: Groups) -> dict[str, Any]:

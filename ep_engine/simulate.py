@@ -6,7 +6,7 @@ computes inside, and every exchange as long as the rank with most bytes in or ou
 hide a share behind computation. Gathered weights and summed gradients come on top, on the rank with most of them. A
 pipeline takes the time of its slowest position, and (ranks - 1) / (parts * stages of a rank) of it to fill and drain.
 
-On many ranks only some expert-parallel groups are counted; the others have tokens of the same kind.
+On many ranks only some expert-parallel groups are counted, and some of their tokens; the others are of the same kind.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from ep_engine.cluster import Cluster, Kind
 from ep_engine.config import RunConfig
 from ep_engine.dense_traffic import dense_traffic
 from ep_engine.errors import UserError
-from ep_engine.expert_traffic import ExpertTraffic, Groups, count_traffic, transport_of
+from ep_engine.expert_traffic import ExpertTraffic, Groups, count_traffic, thin, transport_of
 from ep_engine.ledger import DIRECTIONS, Ledger
 from ep_engine.memory import Step
 from ep_engine.model_config import ModelConfig
@@ -29,6 +29,7 @@ from ep_engine.resolve import Layout, resolve_layout
 from ep_engine.routing_trace import choose_again, read_ids
 
 MOST_RANKS = 64  # that are counted of every pipeline stage, or one expert-parallel group
+MOST_TOKENS = 1 << 17  # of theirs; of more, every n-th stands for n
 _KIND_OF: dict[str, Kind] = {
     "gather_weights": "gather",
     "reduce_gradients": "reduce",
@@ -104,10 +105,14 @@ def _counted(config: RunConfig, cluster: Cluster, trace: Path) -> Case:
         raise UserError("simulate follows tokens to their experts, and the run's model is dense; use `ep-engine plan`")
     groups = Groups.of(config, ranks, per_node).some(MOST_RANKS)
     ids_LTK = _experts(trace, layout.model)
-    traffic = count_traffic(config, layout.stages, layout.placement, groups, ids_LTK, layout.model.hidden_size)
+    counted = groups.counted()
+    of_rank = config.data.batch_size * config.data.sequence_length // len(groups.around(0, "dp"))
+    thinned, factor = thin(config, of_rank * len(counted), MOST_TOKENS)
+    sizes = layout.stages, layout.placement, groups, ids_LTK, layout.model.hidden_size
+    traffic = count_traffic(thinned, *sizes).times(factor)
     transport = transport_of(config, groups, layout.placement)
-    sizes = config, layout.model, layout.stages, layout.placement, groups
-    steps = {rank: Step(*sizes, rank, traffic.passed, transport=transport) for rank in groups.counted()}
+    shape = config, layout.model, layout.stages, layout.placement, groups
+    steps = {rank: Step(*shape, rank, traffic.passed, transport=transport) for rank in counted}
     for step in steps.values():
         step.walk()
     return Case(config, cluster, layout, groups, traffic, steps)

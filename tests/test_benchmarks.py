@@ -15,9 +15,11 @@ import torch
 from benchmarks.all_to_all import rows_to_send
 from benchmarks.c2r import draw, over_seeds, verdicts
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
-from benchmarks.nodes import CALIBRATION, KINDS, REPEATS, Links
-from benchmarks.scaling import GPU, MODEL, active_weights, on_gpus
+from benchmarks.nodes import gbit
+from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, tier_of, to_toml
+from benchmarks.scaling import CLUSTER, on_gpus
 from benchmarks.timing import time_in_turn
+from ep_engine.cluster import Tier, read_cluster
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,31 +135,39 @@ def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
                 assert any(f"| {spread} |" in text for spread in spreads)
 
 
-def test_rows_between_nodes_take_as_long_as_the_fullest_rank() -> None:
-    """A message of few bytes takes 1 ms, and 1000 bytes take 1 ms more."""
-    once_ms = {"link few": 1.0, **{f"link {kind}": CALIBRATION / 1000 + 1 for kind in KINDS}}
-    times_ms = {link: [REPEATS * ms] for link, ms in once_ms.items()}
-    links = Links(times_ms, nodes=2)
-    assert links.megabits() == dict.fromkeys(KINDS, pytest.approx(8.0))
-    # Rank 0 dispatches 3000 bytes and 1000 come to it; half as many go back.
-    layer = [[3000, 1000], [500, 1500]]
-    assert links.rows_ms(layer + layer) == pytest.approx(1 + 2 * ((1 + 3) + (1 + 1.5)))
-    one_way = [[0, 2000], [2000, 0]]
-    assert links.rows_ms(one_way + one_way) == pytest.approx(1 + 4 * (1 + 2))
+def test_a_tier_is_made_of_two_rates() -> None:
+    """Exchanges that get 0.8 of a link, and a bit of software at 2 Gbit/s; a message of few bytes takes 1 ms."""
+    bits = 8 * MESSAGE * 3
+
+    def times(gbit: float) -> LinkTimes:
+        ms = 1 + bits * (1 / (0.8 * gbit) + 1 / 2) * 1e-6
+        calls = {"few": 1.0, **dict.fromkeys(KINDS.values(), ms)}
+        return LinkTimes({f"link {name}": [REPEATS * one] for name, one in calls.items()}, ranks=4)
+
+    tier = Tier(**tier_of(0.3, times(0.3), 10.0, times(10.0)))
+    assert (tier.gbit_per_s, tier.latency_us) == (0.3, 1000)
+    for kind in KINDS:
+        carried = getattr(tier, kind)
+        assert (carried.share, carried.software_gbit_per_s) == (pytest.approx(0.8), pytest.approx(2.0))
+    assert gbit("300mbit") == 0.3
+    assert gbit("10gbit") == 10
 
 
-def test_the_modelled_step_is_the_sum_that_the_benchmark_says(tmp_path: Path) -> None:
-    attention, shared, chosen = 4 * 2048**2, 3 * 2048 * 2816, 6 * 3 * 2048 * 1408
-    by_hand = 28 * (attention + shared + chosen + 64 * 2048 + 2 * 2048) + 2048 + 102_400 * 2048
-    assert active_weights(MODEL) == by_hand
-    found = on_gpus(tmp_path, 8)
-    assert found["compute_ms"] == pytest.approx(6 * by_hand * GPU["tokens"] / (0.4 * 989e12) * 1e3)
-    assert found["network_gb"] == 0  # one node
-    # 28 layers, there and back twice, of 16384 tokens to the 7 others: 1 - C(56, 6) / C(64, 6) of them
-    rows = 28 * 4 * GPU["tokens"] * 7 * (1 - 0.43302)
-    assert found["nvlink_gb"] == pytest.approx(rows * 2048 * 2 / 1e9, rel=0.03)  # and the words behind a row
-    total = sum(found[part] for part in ("compute_ms", "rows_ms", "dense_ms"))
-    assert found["tokens_per_s"] == pytest.approx(GPU["tokens"] / total * 1e3)
+def test_a_cluster_is_written_as_it_is_read(tmp_path: Path) -> None:
+    cluster = read_cluster(CLUSTER)
+    (tmp_path / "c.toml").write_text(to_toml(cluster))
+    assert read_cluster(tmp_path / "c.toml") == cluster
+
+
+def test_what_is_foretold_of_gpus_grows_with_the_network(tmp_path: Path) -> None:
+    one, eight = on_gpus(tmp_path, 8), on_gpus(tmp_path, 64)
+    assert (one["ep"], eight["ep"]) == (8, 64)
+    # 28 layers, there and back twice; of 7 others 1 - C(56, 6) / C(64, 6) are met by a token; words behind a row
+    rows = 28 * 4 * 7 * (1 - 0.43302) * 2048 * 2 / 1e3
+    assert one["node_kb_a_token"] == pytest.approx(rows, rel=0.03)
+    assert one["network_kb_a_token"] == 0 < eight["network_kb_a_token"]
+    assert eight["tokens_per_s"] < one["tokens_per_s"]
+    assert one["compute_ms"] == pytest.approx(eight["compute_ms"], rel=0.1)
 
 
 def arm(losses: list[float], num_bytes: float) -> dict[str, Any]:
