@@ -3,10 +3,11 @@
     python -m benchmarks.watch [--rounds 61] [--json OUT]
 
 A MoE (D 512, 4 layers, E 64, k 6, 2048 tokens, float32) on one process with all threads. `step`: one step with
-co-activation counted (`on`) and one without (`off`) take turns. That difference drowns in what else this machine does, so
-it is also timed where it is spent: `watch` is the part of a step in which the counts are made (and the load-balance loss,
-in both), `line` what a line of metrics needs, one in ten steps. `look` is what a save adds on every rank: the counts since
-the last one. The solver that then compares the placement has a thread of the lowest priority, and is timed by itself.
+co-activation counted (`on`) and one without (`off`) take turns. That difference drowns in what else this machine does,
+so it is also timed where it is spent: `watch` is the part of a step in which the counts are made (and the load-balance
+loss, in both), `line` what a line of metrics needs, one in ten steps. `look` is what a save adds on every rank: the
+counts since the last one. The solver that then compares the placement has a thread of the lowest priority, and is timed
+by itself.
 """
 
 import argparse
