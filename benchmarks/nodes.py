@@ -17,8 +17,8 @@ from its weights and takes turns with the others:
 
 `step` is a whole optimiser step, `exchange` all exchanges of it alone, forward and backward; `bytes` left a rank for
 another per token. A step is also predicted, by `ep-engine simulate` on a trace of other text. The cluster it is given
-is calibrated by products of a layer and by exchanges of equal messages over links of one rate that no arm runs over
-(--calibration), and over links of 10 Gbit/s, which hardly limit.
+is calibrated by products of a layer and by exchanges of equal messages over links of one rate, and of 10 Gbit/s, which
+hardly limit: once over a rate that no arm runs over (--calibration), and once over the rate that it predicts.
 """
 
 import argparse
@@ -109,23 +109,24 @@ def on_nodes(folder: Path, arms: Arms, nodes: int, per_node: int, bandwidth: str
     return found
 
 
-def calibrate(folder: Path, nodes: int, per_node: int, bandwidth: str) -> Cluster:
-    """What emulated nodes are as a cluster: from exchanges over links of one rate, and over links that hardly limit."""
-    limited, free = (
-        on_nodes(folder, {}, nodes, per_node, rate, CALIBRATION_ROUNDS)["times_ms"] for rate in (bandwidth, FREE)
-    )
+def calibrate(folder: Path, nodes: int, per_node: int, bandwidths: list[str]) -> dict[str, Cluster]:
+    """Emulated nodes as clusters: from exchanges over links of each rate, and over links that hardly limit."""
     ranks = nodes * per_node
-    network = tier_of(gbit(bandwidth), LinkTimes(limited, ranks), gbit(FREE), LinkTimes(free, ranks))
-    raw = {
-        "name": f"{nodes} emulated nodes on {describe_machine()}",
-        "origin": "measured",
-        "sources": ("benchmarks/nodes.py",),
-        "nodes": nodes,
-        "devices_per_node": per_node,
-        "device": {"memory_gb": memory_gb() / ranks, **device_rates(free)},
-        "network": network,
-    }
-    return make_cluster(raw, "what was measured")
+    times = {rate: on_nodes(folder, {}, nodes, per_node, rate, CALIBRATION_ROUNDS)["times_ms"] for rate in bandwidths}
+    free = on_nodes(folder, {}, nodes, per_node, FREE, CALIBRATION_ROUNDS)["times_ms"]
+    clusters = {}
+    for rate, limited in times.items():
+        raw = {
+            "name": f"{nodes} emulated nodes on {describe_machine()}",
+            "origin": "measured",
+            "sources": ("benchmarks/nodes.py",),
+            "nodes": nodes,
+            "devices_per_node": per_node,
+            "device": {"memory_gb": memory_gb() / ranks, **device_rates(free)},
+            "network": tier_of(gbit(rate), LinkTimes(limited, ranks), gbit(FREE), LinkTimes(free, ranks)),
+        }
+        clusters[rate] = make_cluster(raw, "what was measured")
+    return clusters
 
 
 def gbit(bandwidth: str) -> float:
@@ -169,12 +170,17 @@ def _ratios(result: dict[str, Any]) -> dict[str, float]:
         pairs = {f"grouped_vs_{other}": (other, "grouped 1") for other in ("plain", "dedup", "placed", "group_limited")}
         if "grouped 1" not in of:
             pairs = {f"hierarchical_vs_flat_{n}": (f"flat {n}", f"hierarchical {n}") for n in ("dedup", "placed")}
-        ratios |= {f"{kind}.{name}": of[slow] / of[fast] for name, (slow, fast) in pairs.items()}
+        ratios |= {f"{kind}.{name}": of[slow] / of[fast] for name, (slow, fast) in pairs.items() if slow in of}
     return ratios
 
 
 def compare(
-    layouts: list[tuple[int, int]], bandwidths: list[str], rounds: int, train_steps: int, calibration: str
+    layouts: list[tuple[int, int]],
+    bandwidths: list[str],
+    rounds: int,
+    train_steps: int,
+    calibration: str,
+    only: list[str],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Train the model, then measure every layout over every bandwidth."""
     with tempfile.TemporaryDirectory() as name:
@@ -182,14 +188,16 @@ def compare(
         checkpoint, counted = train_moe(folder, MoEShape(), train_steps)
         for nodes, per_node in layouts:
             arms = make_arms(folder, checkpoint, counted, nodes, per_node)
-            cluster = calibrate(folder, nodes, per_node, calibration) if per_node == 1 else None
+            arms = {name: arms[name] for name in arms if not only or name in only}
+            rates = [*dict.fromkeys((calibration, *bandwidths))]
+            clusters = calibrate(folder, nodes, per_node, rates) if per_node == 1 else {}
             for bandwidth in bandwidths:
                 found = on_nodes(folder, arms, nodes, per_node, bandwidth, rounds)
                 result = describe(found, arms)
-                if cluster is not None:
-                    here = cluster.changed(None, gbit(bandwidth))
-                    result["cluster"] = here.model_dump()
-                    result["predicted"] = predict(folder, arms, here, result)
+                for rate in [rate for rate in (calibration, bandwidth) if rate in clusters]:
+                    cluster = clusters[rate].changed(None, gbit(bandwidth))
+                    predicted = predict(folder, arms, cluster, result) | {"cluster": cluster.model_dump()}
+                    result.setdefault("predicted", {})[f"calibrated at {rate}"] = predicted
                 title = f"{nodes} nodes x {per_node} ranks, {bandwidth}"
                 for kind in ("step", "exchange"):
                     ratios = {key: value for key, value in result["ratios"].items() if key.startswith(kind)}
@@ -205,6 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train-steps", type=int, default=150)
     parser.add_argument("--calibration", default="300mbit", help="the rate of links that predictions are made of")
+    parser.add_argument("--arms", nargs="*", default=[], help="only these [all]")
     parser.add_argument("--no-hierarchical", action="store_true", help="leave out the 2 nodes of 2 ranks")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -217,7 +226,8 @@ def main() -> None:
         "tokens per rank": ROWS_PER_RANK * SEQUENCE,
     }
     setting |= {"model": MoEShape().config().model_dump(mode="json", include={"hidden_size", "num_layers", "moe"})}
-    for title, result in compare(layouts, args.bandwidths, args.rounds, args.train_steps, args.calibration):
+    given = args.bandwidths, args.rounds, args.train_steps, args.calibration, args.arms
+    for title, result in compare(layouts, *given):
         results[title] = result  # written each time: the whole takes an hour, and who interrupts it keeps what there is
         write_results(args.json, __doc__.splitlines()[0], setting, results)
 

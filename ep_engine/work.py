@@ -2,8 +2,8 @@
 
 A product of (m, k) and (k, n) is 2 m k n operations, once forward and twice backward. Attention computes the half of
 its scores that is not in the future, and its backward computes them again. What neither is, reads and writes memory:
-about six times what is kept for the backward, and four bytes of every weight, gradient and moment that AdamW reads or
-writes. benchmarks/rates.py measures a device by the same counts.
+about six times what is kept for the backward, rows into messages and out of them, and what AdamW reads and writes.
+benchmarks/rates.py measures a device by the same counts.
 
 Shape letters as in activations.py.
 """
@@ -15,6 +15,7 @@ from ep_engine.cluster import Device
 from ep_engine.expert_traffic import Passed
 
 MOVED_PER_KEPT = 6  # written and read in a forward, read again and its gradient written and read twice in a backward
+MOVED_PER_SENT = 4 * 4  # in each of four exchanges read, written into a message, read from one and written
 MOVED_PER_LOGIT = 6 * 4
 MOVED_BY_ADAMW = 7 * 4  # weight, gradient and both moments are read, all but the gradient written
 PASSES = 3  # a forward, and a backward for inputs and for weights
@@ -62,9 +63,10 @@ def of_experts(part: Part, passed: Passed, kept: Kept) -> Work:
     assert moe is not None, "rows have come to experts"
     again = {"none": 0.0, "selective": 2 / 3, "full": 1.0}[part.config.train.recompute]  # 2 / 3: gate and up
     width = moe.expert_hidden_size // part.config.parallel.expert_tensor_parallel_size
+    sent = passed.sent * part.model.hidden_size * part.itemsize
     return Work(
         experts=6 * passed.copies * part.model.hidden_size * width * (PASSES + again),
-        moved=MOVED_PER_KEPT * (kept.rows + kept.gate_up),
+        moved=MOVED_PER_KEPT * (kept.rows + kept.gate_up) + MOVED_PER_SENT * sent,
     )
 
 
