@@ -1,6 +1,7 @@
 """How good are placements, and how long do they take, beside METIS, a spectral cut and the greedy of Occult?
 
-    python -m benchmarks.placement [--layers 32] [--large-layers 58] [--large-tokens 65536] [--json OUT]
+    python -m benchmarks.placement [--layers 32] [--large-layers 58] [--large-tokens 65536]
+        [--profiles FILE ...] [--json OUT]
 
 Made routing with hidden groups (planted.py), counted as `ep-engine profile` would. All peers get equal groups; ours is
 without a cap on the load where it is compared with them, and once with it.
@@ -10,6 +11,7 @@ without a cap on the load where it is compared with them, and once with it.
     large        256 experts, 64 devices on 8 nodes, k 8: the devices and nodes of a token, from the tokens themselves,
                  with a cap of 1.1, beside METIS that cuts nodes first and then devices, and has no cap
     large, free  the same where the groups are hardly to be seen, on a few layers, without a cap for either
+    trained      as noisy, on profiles of models (`ep-engine profile`), such as those that the other benchmarks train
 """
 
 import argparse
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from benchmarks.placement_peers import PEERS, recursive_metis
 from benchmarks.planted import Planted
 from benchmarks.timing import write_results
+from ep_engine.collaboration import Profile, read_profile
 from ep_engine.locality import device_load, distinct_groups, fraction_inside
 from ep_engine.place import LOAD_CAP, NODE_WEIGHT, place
 from ep_engine.placement import Placement
@@ -44,17 +47,24 @@ def noiseless(experts: int, layers: int, tokens: int) -> dict[str, Any]:
 
 
 def noisy(experts: int, layers: int, tokens: int, bonus: float) -> dict[str, Any]:
-    """Pairs inside devices for ours and the peers, and on how many layers ours is no worse."""
+    """Hidden groups beside noise: what they have, and what `beside_peers` finds."""
     _, counted, hidden = Planted(experts, 6, DEVICES, bonus=bonus).layers(layers, tokens, seed=100)
+    inside = [fraction_inside(counted.counts[n], hidden[n]) for n in range(layers)]
+    return {"hidden": float(np.mean(inside)), **beside_peers(counted)}
+
+
+def beside_peers(counted: Profile) -> dict[str, Any]:
+    """Pairs inside devices for ours and the peers, and on how many layers ours is no worse."""
+    layers = counted.num_layers
     started = time.perf_counter()
     placement, found = place(counted, DEVICES, load_cap=None)
     seconds = time.perf_counter() - started
     ours = [fraction_inside(counted.counts[layer], placement.device_of_expert(layer)) for layer in range(layers)]
     _, capped = place(counted, DEVICES)
     result: dict[str, Any] = {
+        "layers": layers,
         "seconds": seconds,
         "ours": float(np.mean(ours)),
-        "hidden": float(np.mean([fraction_inside(counted.counts[n], hidden[n]) for n in range(layers)])),
         "contiguous": found["contiguous"]["intra_device_fraction"],
         "bound": found["bound"]["intra_device_fraction"],
         "capped": capped["placed"]["intra_device_fraction"],
@@ -145,6 +155,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="of a layer")
     parser.add_argument("--large-layers", type=int, default=58)
     parser.add_argument("--large-tokens", type=int, default=65_536)
+    parser.add_argument("--profiles", type=Path, nargs="*", default=[], help="of trained models")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     results: dict[str, Any] = {}
@@ -158,7 +169,11 @@ def main() -> None:
         for bonus in FAINT:
             few = min(args.large_layers, FEW)
             results[f"large, free, bonus {bonus}"] = large(few, args.large_tokens, bonus=bonus, load_cap=None)
-    setting = {**{key: value for key, value in vars(args).items() if key != "json"}, "load_cap": LOAD_CAP}
+    for path in args.profiles:
+        counted = read_profile(path)
+        results[f"trained, {counted.num_experts} experts, k {counted.top_k}"] = beside_peers(counted)
+    setting = {key: value for key, value in vars(args).items() if key not in ("json", "profiles")}
+    setting |= {"load_cap": LOAD_CAP}
     write_results(args.json, __doc__.splitlines()[0], setting | {"node_weight": NODE_WEIGHT}, results)
 
 

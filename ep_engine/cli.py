@@ -192,6 +192,9 @@ def place_command(
     load_cap: Annotated[str, typer.Option(help="most tokens of a device relative to the mean, or none")] = "1.1",
     strict: Annotated[bool, typer.Option("--strict", help="refuse a cap that cannot be held")] = False,
     replicas: Annotated[int, typer.Option(min=0, help="copies of busy experts to report the load for")] = 0,
+    check: Annotated[
+        Path | None, typer.Option(help="profile of other text, to see whether the answer holds there")
+    ] = None,
     time_limit: Annotated[float | None, typer.Option(min=0, help="seconds for the search [it ends by itself]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="of the search")] = 0,
     overwrite: Overwrite = False,
@@ -202,7 +205,7 @@ def place_command(
 
     from ep_engine.collaboration import read_profile
     from ep_engine.output import check_output_file
-    from ep_engine.place import asked_of, check_fits, parse_cap, place, print_placement
+    from ep_engine.place import asked_of, check_fits, on_other_text, parse_cap, place, print_placement
     from ep_engine.progress import bar
     from ep_engine.routing_trace import read_ids
 
@@ -211,6 +214,7 @@ def place_command(
     path, devices, nodes = asked_of(profile, from_run, devices, nodes)
     counted = read_profile(path)
     check_fits(counted, devices, path)
+    other = None if check is None else read_profile(check)
     ids = None if trace is None else read_ids(trace, counted.num_layers, counted.num_experts, counted.top_k).numpy()
     with bar("placing layers", counted.num_layers) as advance:
         placement, found = place(
@@ -226,6 +230,8 @@ def place_command(
             time_limit=time_limit,
             advance=advance,
         )
+    if other is not None and check is not None:
+        found["check"] = on_other_text(placement, other, check)
     placement.save(out, measured=found)
     if as_json:
         print_json({"written": str(out), **found})

@@ -148,6 +148,31 @@ def parse_cap(text: str) -> float | None:
         raise UserError(f"--load-cap ({text}) must be a number or none; correct it") from None
 
 
+def on_other_text(placement: Placement, other: Profile, path: Path) -> dict[str, Figures]:
+    """Means over layers of the figures of a placement and of the order of ids, on another profile of the model.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    if (other.num_layers, other.num_experts) != (len(placement.layers), placement.num_experts):
+        raise UserError(
+            f"--check {path} has {other.num_layers} layers of {other.num_experts} experts, the placement "
+            f"{len(placement.layers)} of {placement.num_experts}; profile the same model"
+        )
+    devices, nodes = placement.devices, placement.nodes
+    contiguous = Placement.contiguous(other.num_experts, devices, other.num_layers, nodes=nodes)
+    found: dict[str, Figures] = {}
+    for name, held in (("placed", placement), ("contiguous", contiguous)):
+        layers = [
+            describe_layer(
+                Counted(other.counts[n], other.load[n], other.top_k, None), held.device_of_expert(n), devices, nodes
+            )
+            for n in range(other.num_layers)
+        ]
+        found[name] = {key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}
+    return found
+
+
 def print_placement(found: dict[str, Any], path: Path, console: Console) -> None:
     """The figures of `place` as a table, means over layers, and what to know about them."""
     names = [name for name in found["placed"] if name != "load_max_over_mean"] + ["load_max_over_mean"]
@@ -156,6 +181,11 @@ def print_placement(found: dict[str, Any], path: Path, console: Console) -> None
         columns = (f"{found[of][name]:.4f}" for of in ("placed", "contiguous", "uniform", "bound"))
         table.add_row(name.replace("_", " "), *columns)
     console.print(table)
+    if "check" in found:
+        table = Table("on the other text", "placed", "by id")
+        for name, value in found["check"]["placed"].items():
+            table.add_row(name.replace("_", " "), f"{value:.4f}", f"{found['check']['contiguous'][name]:.4f}")
+        console.print(table)
     exact = sum(layer["exact"] for layer in found["layers"])
     console.print(f"proven best in {exact} of {len(found['layers'])} layers, mean gap to the bound {found['gap']:.4f}")
     if found["other_caps"]:

@@ -108,11 +108,14 @@ def test_text_is_profiled_with_the_tokenizer_of_the_model(run: Command, files: P
     (folder / "b.jsonl").write_text("".join(json.dumps({"text": f"line {i} " * 9}) + "\n" for i in range(40)))
     (folder / "c.bin").write_bytes(b"\xff\xfe")
     command = ("profile", model, "--corpus", folder, *SMALL, "--json", "--out")
-    status, out, err = run(*command, tmp_path / "p.npz", "--trace", tmp_path / "t.npz", "--picture", tmp_path / "p.png")
+    more = ("--trace", tmp_path / "t.npz", "--scores", "--picture", tmp_path / "p.png")
+    status, out, err = run(*command, tmp_path / "p.npz", *more)
     assert (status, err, json.loads(out)["tokens"]) == (0, "", 192)
     with np.load(tmp_path / "t.npz") as trace:
-        ids_LTK = trace["ids"]
+        ids_LTK, scores_LTE = trace["ids"], trace["scores"]
     assert ids_LTK.shape == (2, 192, 2)
+    assert np.array_equal(scores_LTE.argmax(axis=2), ids_LTK[:, :, 0])
+    assert run(*command, tmp_path / "q.npz", "--scores")[2].startswith("--scores has no effect without --trace")
     found = read_profile(tmp_path / "p.npz")
     assert np.array_equal(found.load[1], np.bincount(ids_LTK[1].ravel(), minlength=8))
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -164,6 +167,10 @@ def test_place_finds_what_the_search_finds(run: Command, files: Path, tmp_path: 
     four = [f"{found[of]['intra_device_fraction']:.4f}" for of in ("placed", "contiguous", "uniform", "bound")]
     assert [cell.strip() for cell in row.split("│")[2:6]] == four
     assert "proven best in 2 of 2 layers, mean gap to the bound 0.0000" in out
+    same = ("--devices", 4, "--nodes", 2, "--check", files / "profile.npz")
+    status, out, _ = run("place", files / "profile.npz", *same, "--out", tmp_path / "q.json")
+    (here, there) = [line for line in out.splitlines() if "intra device fraction" in line]
+    assert [cell.strip() for cell in there.split("│")[2:4]] == four[:2]
 
 
 def test_place_reports_json_alone(run: Command, files: Path, tmp_path: Path) -> None:

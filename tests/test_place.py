@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ep_engine.collaboration import Profile
 from ep_engine.errors import UserError
 from ep_engine.locality import device_load, fraction_inside
-from ep_engine.place import check_fits, parse_cap, place
+from ep_engine.place import check_fits, on_other_text, parse_cap, place
 from ep_engine.placement import Placement
 from tests.counts import DATA, profile_of, published, random_profile, symmetric
 
@@ -343,6 +343,20 @@ def test_nodes_come_before_devices() -> None:
     assert found["bound"]["intra_node_fraction"] >= 240 / 340
     together, _ = place(profile_of(counts), 4, load_cap=None)
     assert {frozenset(group) for group in groups(together, 0)} >= {frozenset({3, 4}), frozenset({0, 7})}
+
+
+def test_a_placement_is_looked_at_on_other_text() -> None:
+    """0-1 and 2-3 work together here, 0-2 and 1-3 there, in the proportion 3 to 1."""
+    here, there = np.zeros((4, 4), dtype=np.int64), np.zeros((4, 4), dtype=np.int64)
+    here[0, 1] = here[1, 0] = here[2, 3] = here[3, 2] = 5
+    there[0, 2] = there[2, 0] = there[1, 3] = there[3, 1] = 3
+    there[0, 1] = there[1, 0] = 2
+    placement, _ = place(profile_of(here[None]), 2)
+    found = on_other_text(placement, profile_of(there[None]), Path("other.npz"))
+    assert found["placed"]["intra_device_fraction"] == pytest.approx(2 / 8)
+    assert found["placed"] == found["contiguous"]
+    with pytest.raises(UserError, match=r"--check other.npz has 1 layers of 8 experts, the placement 1 of 4; profile"):
+        on_other_text(placement, random_profile(1, 8, 0), Path("other.npz"))
 
 
 @pytest.mark.parametrize(("text", "cap"), [("none", None), ("1.25", 1.25)])
