@@ -253,6 +253,8 @@ class Step:
             self.tape.touch(moment, reduction=size)
             self._set_buffer(moment, size)
         self.tape.hold(moment, gathered=size)
+        if group.sliced:  # slices are brought into the order of the weights by another copy
+            self.tape.touch(moment, reduction=size)
         self.gathers[group.axis] += group.share * group.itemsize
         self._gathered.add(id(group))
 
@@ -293,6 +295,8 @@ class Step:
         self._summed.discard(id(group))
         self._set_buffer(moment, 0)
         self._set_buffer(moment, group.gathered * _FLOAT)
+        if group.sliced:
+            self.tape.touch(moment, reduction=group.gathered * group.itemsize)
         self.tape.hold(moment, gradients=-group.gathered * (_FLOAT if summed else group.itemsize))
         self.tape.hold(moment, gradients=group.share * _FLOAT)
         if group.ranks == 1:

@@ -19,11 +19,12 @@ class Weights:
     """Weights that FSDP gathers and whose gradients it sums together."""
 
     shapes: tuple[tuple[int, ...], ...]  # as they are gathered
-    axis: str  # of the ranks that share them, along the first dim, be it the first in memory or not
+    axis: str  # of the ranks that share them, along the first dim
     ranks: int  # their number
     position: int  # of this rank among them
     itemsize: int  # of computation
     reshard: bool  # after a forward
+    sliced: bool = False  # along another dim in memory than the first of `shapes`
 
     @property
     def alone(self) -> bool:
@@ -94,11 +95,11 @@ def stage_weights(
             slots = placement.cut(parallel.expert_parallel_size).slots_per_rank
             width, d = model.moe.expert_hidden_size // parallel.expert_tensor_parallel_size, model.hidden_size
             edp = groups.around(rank, "edp")
-            experts = ((slots, 2 * width, d), (slots, d, width))
-            if slices_experts(slots, d, len(edp)):
-                experts = ((d, slots, 2 * width), (d, slots, width))
+            sliced = slices_experts(slots, d, len(edp))
+            first, *others = (d, slots) if sliced else (slots, d)
+            experts = ((first, 2 * width, *others), (first, *others, width))
             keep = parallel.reshard_after_forward
-            of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep))
+            of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep, sliced))
     first, last = layers.start == 0, layers.stop == model.num_layers
     root = ["embed.weight"] if first or (last and model.tie_embeddings) else []
     root += ["head.weight"] if last and not model.tie_embeddings else []

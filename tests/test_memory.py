@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import LAYOUTS, compared, config_of, make_files, measure
+from benchmarks.memory import LAYOUTS, MODEL, compared, config_of, make_files, measure
 from ep_engine.activations import Part
 from ep_engine.config import RunConfig
 from ep_engine.expert_traffic import Groups, Passed
@@ -190,6 +190,15 @@ def test_a_small_step_takes_what_is_predicted(
 ) -> None:
     """Hardly any weights here, so this is about activations."""
     _check(folder / "moe", sections, world_size, tmp_path, batch_size=16, sequence_length=64)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_slices_of_experts_take_what_is_predicted(reshard: bool, tmp_path: Path) -> None:
+    """Two experts on each of four ranks: nearly all weights, in slices, which FSDP2 copies once more."""
+    moe = MoEConfig(num_experts=2, top_k=1, expert_hidden_size=2048)
+    make_files(tmp_path / "few", MODEL.model_copy(update={"moe": moe, "num_layers": 2, "vocab_size": 512}))
+    parallel = {"parallel": {"reshard_after_forward": reshard}}
+    _check(tmp_path / "few", parallel, 4, tmp_path, batch_size=4, sequence_length=32)
 
 
 @pytest.mark.slow
