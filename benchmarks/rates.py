@@ -1,13 +1,16 @@
 """What a device and its links can do, in the figures of a cluster's file (ep_engine/cluster.py).
 
-    python -m benchmarks.rates [--ranks 2] [--gbit 100] [--out cluster.toml] [--json OUT]
+    python -m benchmarks.rates [--ranks 2] [--gbit 100] [--kernels FILE] [--all-to-all FILE] [--out cluster.toml]
 
 A device's rates are those of the products of a layer, forward and backward, counted as ep_engine/work.py counts them,
 by all ranks at once, who share this machine's cores. The links are this machine's own (gloo over the loopback), for
-whose nominal rate `--gbit` stands; benchmarks/nodes.py measures those of emulated nodes.
+whose nominal rate `--gbit` stands; benchmarks/nodes.py measures those of emulated nodes. What is read from results of
+benchmarks/kernels.py and benchmarks/all_to_all.py takes the place of what is measured: how fast rows are gathered, and
+how fast they travel through shared memory, which is the engine's way inside a machine.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +125,27 @@ def tier_of(gbit: float, limited: LinkTimes, free_gbit: float, free: LinkTimes) 
     return tier
 
 
+def moved_by(kernels: dict[str, Any], ranks: int) -> float:
+    """Gigabytes per second of a rank, where they all gather rows: of a result of benchmarks/kernels.py."""
+    setting = kernels["setting"]
+    num_bytes = 2 * setting["tokens"] * setting["top_k"] * setting["dim"] * 4  # read and written
+    return float(num_bytes / kernels["results"]["E=64 float32"]["times"]["gather"]["median_ms"] * 1e-6 / ranks)
+
+
+def shared_rows(found: dict[str, Any], ranks: int, nominal_gbit: float) -> dict[str, Any]:
+    """Latency and rows of a tier through shared memory: of a result of benchmarks/all_to_all.py with two sizes."""
+    ms = {}
+    for case, one in found["results"].items():
+        of_ranks, size, kind = case.split(", ")
+        if (of_ranks, kind) == (f"{ranks} ranks", "even"):
+            ms[float(size.removesuffix(" MiB")) * (1 << 20)] = one["times"]["exchange shared_memory"]["median_ms"]
+    (small, least), (large, most) = min(ms.items()), max(ms.items())
+    ns_per_bit = (most - least) * 1e6 / (8 * (large - small))
+    latency_ms = max(least - small * 8 * ns_per_bit * 1e-6, 0)
+    software = 1 / max(ns_per_bit - 1 / nominal_gbit, 1e-3)
+    return {"latency_us": latency_ms * 1e3, "rows": {"software_gbit_per_s": software}}
+
+
 def to_toml(cluster: Cluster) -> str:
     """A cluster as the file that `read_cluster` reads."""
     lines: list[str] = []
@@ -157,6 +181,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--gbit", type=float, default=100.0, help="nominal, of links inside this machine")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kernels", type=Path)
+    parser.add_argument("--all-to-all", type=Path)
     parser.add_argument("--out", type=Path, help="cluster.toml to write")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -165,6 +191,11 @@ def main() -> None:
     node: dict[str, Any] = {"gbit_per_s": args.gbit, "latency_us": links.few_ms * 1e3}
     for kind, ns in links.ns_per_bit.items():
         node[kind] = {"software_gbit_per_s": 1 / max(ns - 1 / args.gbit, 1e-3)}
+    device = {"memory_gb": memory_gb() / args.ranks, **device_rates(times_ms)}
+    if args.kernels is not None:
+        device["moved_gb_per_s"] = moved_by(json.loads(args.kernels.read_text()), args.ranks)
+    if args.all_to_all is not None:
+        node |= shared_rows(json.loads(args.all_to_all.read_text()), args.ranks, args.gbit)
     cluster = make_cluster(
         {
             "name": f"{args.ranks} ranks on {describe_machine()}",
@@ -172,7 +203,7 @@ def main() -> None:
             "sources": ("benchmarks/rates.py",),
             "nodes": 1,
             "devices_per_node": args.ranks,
-            "device": {"memory_gb": memory_gb() / args.ranks, **device_rates(times_ms)},
+            "device": device,
             "node": node,
         },
         "what was measured",

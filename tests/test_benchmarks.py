@@ -16,7 +16,7 @@ from benchmarks.all_to_all import rows_to_send
 from benchmarks.c2r import draw, over_seeds, verdicts
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
 from benchmarks.nodes import gbit
-from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, tier_of, to_toml
+from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, moved_by, shared_rows, tier_of, to_toml
 from benchmarks.scaling import CLUSTER, on_gpus
 from benchmarks.timing import time_in_turn
 from ep_engine.cluster import Tier, read_cluster
@@ -151,6 +151,20 @@ def test_a_tier_is_made_of_two_rates() -> None:
         assert (carried.share, carried.software_gbit_per_s) == (pytest.approx(0.8), pytest.approx(2.0))
     assert gbit("300mbit") == 0.3
     assert gbit("10gbit") == 10
+
+
+def test_rates_are_read_from_results_of_other_benchmarks() -> None:
+    kernels, exchanged = (
+        json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text()) for name in ("kernels", "all_to_all")
+    )
+    gathered = kernels["results"]["E=64 float32"]["times"]["gather"]["median_ms"]
+    assert moved_by(kernels, 2) == pytest.approx(
+        16384 * 8 * 2048 * 4 / gathered * 1e-6
+    )  # twice the bytes, half a machine
+    tier = Tier(gbit_per_s=100, **shared_rows(exchanged, 2, 100))
+    for size in (1, 64):
+        ms = exchanged["results"][f"2 ranks, {size} MiB, even"]["times"]["exchange shared_memory"]["median_ms"]
+        assert tier.ms("rows", size << 20) + tier.latency_us / 1e3 == pytest.approx(ms, rel=0.05)
 
 
 def test_a_cluster_is_written_as_it_is_read(tmp_path: Path) -> None:
