@@ -135,6 +135,26 @@ def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
                 assert any(f"| {spread} |" in text for spread in spreads)
 
 
+def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    placed, watched, step = (
+        json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())["results"]
+        for name in ("placement", "watch", "train_step")
+    )
+    noisy = [found for name, found in placed.items() if name.startswith("noisy")]
+    assert len(noisy) == 8
+    for found in noisy:
+        metis = found["metis"]
+        row = f"{found['contiguous']:.4f} | {found['ours']:.4f} | {metis['inside']:.4f} ({metis['layers_no_worse']}) |"
+        assert row in text
+    for found in (found for name, found in placed.items() if name.startswith("large")):
+        assert f"| {found['ours']['devices']:.3f}, {found['ours']['nodes']:.3f} |" in text
+    assert f"{(watched['watch']['ratios']['timed_inside'] - 1):.2%}".replace("%", " % of a step") in text
+    for name, found in step["times"].items():
+        spread = [f"{found[key] / 1e3:.2f}" for key in ("median_ms", "min_ms", "max_ms")]
+        assert f"| {name} | {spread[0]} ({spread[1]}, {spread[2]}) |" in text
+
+
 def test_a_tier_is_made_of_two_rates() -> None:
     """Exchanges that get 0.8 of a link, and a bit of software at 2 Gbit/s; a message of few bytes takes 1 ms."""
     bits = 8 * MESSAGE * 3
