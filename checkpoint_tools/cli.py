@@ -1,7 +1,7 @@
 """The command line: `python -m checkpoint_tools inspect | split | convert | export | verify`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
 Out = Annotated[Path, typer.Argument(help="folder to write")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")]
+Method = Literal["random", "clustering"]
+Metric = Literal["l2", "cos"]
+Projection = Literal["up_proj", "gate_proj"]
 Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
@@ -57,7 +60,9 @@ def split_command(
     out: Out,
     num_experts: Annotated[int, typer.Option(help="experts per layer; must divide the FFN width")],
     top_k: Annotated[int, typer.Option(help="experts per token")],
-    method: Annotated[str, typer.Option(help="how neurons are given to experts: random")] = "random",
+    method: Annotated[Method, typer.Option(help="how neurons are given to experts")] = "random",
+    metric: Annotated[Metric, typer.Option(help="of clustering: distance of rows, or of their directions")] = "l2",
+    on: Annotated[Projection, typer.Option(help="whose rows are clustered")] = "up_proj",
     seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
     gate: Annotated[str, typer.Option(help="router: mlp or linear")] = "mlp",
     score_scale: Annotated[
@@ -69,9 +74,9 @@ def split_command(
     """Split the FFNs of a dense model into experts; all experts together are the dense model, which is checked."""
     from checkpoint_tools.split import SplitOptions, split
 
-    if method != "random":
-        raise UserError(f"--method is {method!r}, known is random; choose it")
-    options = SplitOptions(num_experts, top_k, seed, gate, score_scale)
+    if method != "clustering" and (metric, on) != ("l2", "up_proj"):
+        raise UserError(f"--metric ({metric}) and --on ({on}) have no effect on --method {method}; leave them out")
+    options = SplitOptions(num_experts, top_k, seed, gate, score_scale, method, metric, on)
     _report_written(out, split(source, out, options, overwrite=overwrite), as_json)
 
 

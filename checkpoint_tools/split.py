@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
 from checkpoint_tools.source import Source, check_apart, open_source
 from ep_engine.checkpoint import write_model
 from ep_engine.checksum import checksum
@@ -41,12 +43,21 @@ class SplitOptions:
     seed: int = 0
     gate: str = "mlp"  # `mlp` or `linear`
     score_scale: float | None = None  # None: E / k, which keeps the magnitude of the FFN's output
+    method: Literal["random", "clustering"] = "random"
+    metric: Metric = "l2"  # of clustering, between rows of length one
+    on: Literal["up_proj", "gate_proj"] = "up_proj"  # whose rows are clustered
+
+    def about(self) -> dict[str, Any]:
+        """How neurons were given to experts, for split.json."""
+        of_clusters = {"metric": self.metric, "on": self.on} if self.method == "clustering" else {}
+        return {"method": self.method, "seed": self.seed, **of_clusters}
 
 
 def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = False) -> ModelConfig:
-    """Split every FFN at random into equal experts and write an engine checkpoint with `split.json` beside the weights.
+    """Split every FFN into equal experts and write an engine checkpoint with `split.json` beside the weights.
 
-    Every layer has a shuffle of its own. The identity "all experts on = dense" is checked in every layer, in fp64.
+    `random`: every layer has a shuffle of its own. `clustering`: neurons with similar rows of w_up or w_gate share an
+    expert. The identity "all experts on = dense" is checked in every layer, in fp64.
 
     Args:
         source: dense Hugging Face folder or engine checkpoint.
@@ -63,20 +74,18 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
     model = open_source(source)
     config = moe_config(model.config, options)
     width = model.config.intermediate_size
-    partition = [
-        random_partition(width, options.num_experts, options.seed, layer) for layer in range(config.num_layers)
-    ]
+    partition: list[list[np.ndarray]] = []
     tensors = {name: tensor for name, tensor in model.tensors.items() if ".ffn." not in name}
     for layer in track(range(config.num_layers), "splitting layers"):
         ffn = {name: model.tensors[f"layers.{layer}.ffn.{name}.weight"] for name in _WEIGHTS}
+        partition.append(_partition(ffn, options, layer))
         experts = [_expert(ffn, neurons) for neurons in partition[layer]]
         check_identity(ffn, experts, partition[layer], layer)
         at = f"layers.{layer}.moe"
         tensors |= {f"{at}.experts.{e}.{name}": w for e, expert in enumerate(experts) for name, w in expert.items()}
         tensors |= {f"{at}.router.{name}": w for name, w in _gate(config, options, layer, ffn["w_gate"].dtype).items()}
     record = {
-        "method": "random",
-        "seed": options.seed,
+        **options.about(),
         "intermediate_size": width,
         "num_experts": options.num_experts,
         "source_checksum": source_checksum(model),
@@ -115,6 +124,15 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
     return dense.model_copy(update={"moe": moe})
+
+
+def _partition(ffn: Mapping[str, Tensor], options: SplitOptions, layer: int) -> list[np.ndarray]:
+    """The neurons of every expert, ascending."""
+    if options.method == "random":
+        return random_partition(len(ffn["w_up"]), options.num_experts, options.seed, layer)
+    rows_ND = F.normalize(ffn["w_up" if options.on == "up_proj" else "w_gate"].float(), dim=1)
+    found = balanced_kmeans(rows_ND, options.num_experts, metric=options.metric, seed=options.seed)
+    return [np.flatnonzero(found.label_N == expert) for expert in range(options.num_experts)]
 
 
 def random_partition(width: int, num_experts: int, seed: int, layer: int) -> list[np.ndarray]:

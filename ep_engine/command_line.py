@@ -26,7 +26,8 @@ def exit_with_sentence(command: typer.Typer) -> NoReturn:
         if status == _INTERRUPTED:  # typer turns Ctrl-C into this status
             sentence = _INTERRUPTION
     except TyperException as error:
-        status, sentence = error.exit_code, f"{error.format_message().rstrip('.')}; see --help"
+        words = error.format_message().rstrip(".").replace("Value error, ", "")
+        status, sentence = error.exit_code, f"{words}; see --help"
     except UserError as error:
         status, sentence = error.exit_status, str(error)
     except Fault as error:

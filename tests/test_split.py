@@ -1,6 +1,7 @@
 """Splitting a dense model: the partition, the identity "all experts on = dense", and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from checkpoint_tools.convert import convert
 from checkpoint_tools.export import export
@@ -114,6 +116,32 @@ def test_the_identity_check_finds_a_lost_and_a_changed_neuron() -> None:
         check_identity(ffn, experts, partition, layer=5)
 
 
+@pytest.mark.parametrize(("metric", "on"), [("l2", "up_proj"), ("cos", "gate_proj")])
+def test_neurons_of_a_cluster_share_an_expert(metric: str, on: str, dense: Path, tmp_path: Path) -> None:
+    """Neurons are made of four directions; each expert gets the 12 of one."""
+    hidden = torch.randperm(48, generator=torch.Generator().manual_seed(0)) % 4
+
+    def group(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(f"{on}.weight"):
+                tensor.copy_(torch.eye(4, tensor.shape[1])[hidden] + 0.01 * torch.randn(tensor.shape))
+
+    source = tmp_path / "dense"
+    shutil.copytree(dense, source)
+    edit_weights(source, group)
+    arguments = ("--method", "clustering", "--metric", metric, "--on", on, "--num-experts", 4, "--top-k", 2)
+    assert run_tool("split", source, tmp_path / "moe", *arguments) == 0
+    record = json.loads((tmp_path / "moe" / "split.json").read_text())
+    assert {name: record[name] for name in ("method", "metric", "on")} == {
+        "method": "clustering",
+        "metric": metric,
+        "on": on,
+    }
+    for experts in record["neurons"]:
+        assert [len(set(hidden[neurons].tolist())) for neurons in experts] == [1] * 4
+    assert run_tool("verify", source, tmp_path / "moe", "--all-experts") == 0
+
+
 BAD_OPTIONS = {
     "uneven": (
         ["--num-experts", 7, "--top-k", 2],
@@ -123,7 +151,14 @@ BAD_OPTIONS = {
     "too many selected": (["--num-experts", 4, "--top-k", 5], r"moe.top_k \(5\) must be in 1..moe.num_experts \(4\)"),
     "none selected": (["--num-experts", 4, "--top-k", 0], r"moe.top_k \(0\) must be in 1"),
     "unknown gate": (["--num-experts", 4, "--top-k", 2, "--gate", "gmm"], "gate: .* 'linear' or 'mlp', got 'gmm'"),
-    "unknown method": (["--num-experts", 4, "--top-k", 2, "--method", "x"], "--method is 'x', known is random"),
+    "unknown method": (
+        ["--num-experts", 4, "--top-k", 2, "--method", "x"],
+        "Invalid value for '--method': 'x' is not one of 'random', 'clustering'",
+    ),
+    "a metric of nothing": (
+        ["--num-experts", 4, "--top-k", 2, "--metric", "cos"],
+        r"--metric \(cos\) and --on \(up_proj\) have no effect on --method random",
+    ),
 }
 
 
