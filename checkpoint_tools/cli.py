@@ -14,9 +14,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
 Out = Annotated[Path, typer.Argument(help="folder to write")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")]
-Method = Literal["random", "clustering"]
+Method = Literal["random", "clustering", "gradient"]
 Metric = Literal["l2", "cos"]
 Projection = Literal["up_proj", "gate_proj"]
+Assignment = Literal["optimal", "greedy", "shared"]
 Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
@@ -62,7 +63,9 @@ def split_command(
     top_k: Annotated[int, typer.Option(help="experts per token")],
     method: Annotated[Method, typer.Option(help="how neurons are given to experts")] = "random",
     metric: Annotated[Metric, typer.Option(help="of clustering: distance of rows, or of their directions")] = "l2",
-    on: Annotated[Projection, typer.Option(help="whose rows are clustered")] = "up_proj",
+    on: Annotated[Projection, typer.Option(help="whose rows are clustered, or whose importance is read")] = "up_proj",
+    importance: Annotated[Path | None, typer.Option(help="of gradient: a folder of scores for every expert")] = None,
+    assignment: Annotated[Assignment, typer.Option(help="of gradient: best sum; published; best of each")] = "optimal",
     seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
     gate: Annotated[str, typer.Option(help="router: mlp or linear")] = "mlp",
     score_scale: Annotated[
@@ -74,9 +77,18 @@ def split_command(
     """Split the FFNs of a dense model into experts; all experts together are the dense model, which is checked."""
     from checkpoint_tools.split import SplitOptions, split
 
-    if method != "clustering" and (metric, on) != ("l2", "up_proj"):
-        raise UserError(f"--metric ({metric}) and --on ({on}) have no effect on --method {method}; leave them out")
-    options = SplitOptions(num_experts, top_k, seed, gate, score_scale, method, metric, on)
+    given = {
+        "metric": metric != "l2",
+        "on": on != "up_proj",
+        "importance": importance,
+        "assignment": assignment != "optimal",
+    }
+    read = {"random": (), "clustering": ("metric", "on"), "gradient": ("on", "importance", "assignment")}[method]
+    for name in (name for name, value in given.items() if value and name not in read):
+        raise UserError(f"--{name} has no effect on --method {method}; leave it out")
+    if method == "gradient" and importance is None:
+        raise UserError("--method gradient needs --importance, the folder of scores; give it")
+    options = SplitOptions(num_experts, top_k, seed, gate, score_scale, method, metric, on, importance, assignment)
     _report_written(out, split(source, out, options, overwrite=overwrite), as_json)
 
 

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
+from checkpoint_tools.assignment import greedy, optimal, shared
 from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
+from checkpoint_tools.importance import Importance
 from checkpoint_tools.source import Source, check_apart, open_source
 from ep_engine.checkpoint import write_model
 from ep_engine.checksum import checksum
@@ -28,6 +30,11 @@ from ep_engine.model_config import ModelConfig, MoEConfig, first_sentence
 from ep_engine.output import check_output_folder, whole_folder
 from ep_engine.progress import track
 
+Method = Literal["random", "clustering", "gradient"]
+Projection = Literal["up_proj", "gate_proj"]
+Assignment = Literal["optimal", "greedy", "shared"]
+
+_WAYS = {"greedy": greedy, "shared": shared}
 _WEIGHTS = ("w_gate", "w_up", "w_down")
 _PARTITION, _GATE = 0, 1  # streams of random numbers: the partition does not depend on the gate
 _CHECK_TOKENS = 4
@@ -43,21 +50,28 @@ class SplitOptions:
     seed: int = 0
     gate: str = "mlp"  # `mlp` or `linear`
     score_scale: float | None = None  # None: E / k, which keeps the magnitude of the FFN's output
-    method: Literal["random", "clustering"] = "random"
+    method: Method = "random"
     metric: Metric = "l2"  # of clustering, between rows of length one
-    on: Literal["up_proj", "gate_proj"] = "up_proj"  # whose rows are clustered
+    on: Projection = "up_proj"  # whose rows are clustered, whose importance is read
+    importance: Path | None = None  # of gradient: folder of importance files
+    assignment: Assignment = "optimal"  # of gradient
 
     def about(self) -> dict[str, Any]:
         """How neurons were given to experts, for split.json."""
-        of_clusters = {"metric": self.metric, "on": self.on} if self.method == "clustering" else {}
-        return {"method": self.method, "seed": self.seed, **of_clusters}
+        own: dict[str, dict[str, Any]] = {
+            "random": {},
+            "clustering": {"metric": self.metric, "on": self.on},
+            "gradient": {"importance": str(self.importance), "on": self.on, "assignment": self.assignment},
+        }
+        return {"method": self.method, "seed": self.seed, **own[self.method]}
 
 
 def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = False) -> ModelConfig:
     """Split every FFN into equal experts and write an engine checkpoint with `split.json` beside the weights.
 
     `random`: every layer has a shuffle of its own. `clustering`: neurons with similar rows of w_up or w_gate share an
-    expert. The identity "all experts on = dense" is checked in every layer, in fp64.
+    expert. `gradient`: neurons go to the expert whose cluster of a corpus needs them most. The identity "all experts on
+    = dense" is checked in every layer, in fp64, but for assignment `shared`: a neuron may be in several or in none.
 
     Args:
         source: dense Hugging Face folder or engine checkpoint.
@@ -76,11 +90,15 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
     width = model.config.intermediate_size
     partition: list[list[np.ndarray]] = []
     tensors = {name: tensor for name, tensor in model.tensors.items() if ".ffn." not in name}
+    scores = None
+    if options.importance is not None:
+        scores = Importance(options.importance, options.on, options.num_experts, width)
     for layer in track(range(config.num_layers), "splitting layers"):
         ffn = {name: model.tensors[f"layers.{layer}.ffn.{name}.weight"] for name in _WEIGHTS}
-        partition.append(_partition(ffn, options, layer))
+        partition.append(_partition(ffn, options, layer, scores))
         experts = [_expert(ffn, neurons) for neurons in partition[layer]]
-        check_identity(ffn, experts, partition[layer], layer)
+        if options.assignment != "shared":
+            check_identity(ffn, experts, partition[layer], layer)
         at = f"layers.{layer}.moe"
         tensors |= {f"{at}.experts.{e}.{name}": w for e, expert in enumerate(experts) for name, w in expert.items()}
         tensors |= {f"{at}.router.{name}": w for name, w in _gate(config, options, layer, ffn["w_gate"].dtype).items()}
@@ -126,13 +144,19 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
     return dense.model_copy(update={"moe": moe})
 
 
-def _partition(ffn: Mapping[str, Tensor], options: SplitOptions, layer: int) -> list[np.ndarray]:
+def _partition(
+    ffn: Mapping[str, Tensor], options: SplitOptions, layer: int, scores: Importance | None
+) -> list[np.ndarray]:
     """The neurons of every expert, ascending."""
+    if scores is not None:
+        score_EN, size = scores.layer(layer), len(ffn["w_up"]) // options.num_experts
+        found = optimal(score_EN) if options.assignment == "optimal" else _WAYS[options.assignment](score_EN, size)
+        return [np.sort(neurons) for neurons in found]
     if options.method == "random":
         return random_partition(len(ffn["w_up"]), options.num_experts, options.seed, layer)
     rows_ND = F.normalize(ffn["w_up" if options.on == "up_proj" else "w_gate"].float(), dim=1)
-    found = balanced_kmeans(rows_ND, options.num_experts, metric=options.metric, seed=options.seed)
-    return [np.flatnonzero(found.label_N == expert) for expert in range(options.num_experts)]
+    clusters = balanced_kmeans(rows_ND, options.num_experts, metric=options.metric, seed=options.seed)
+    return [np.flatnonzero(clusters.label_N == expert) for expert in range(options.num_experts)]
 
 
 def random_partition(width: int, num_experts: int, seed: int, layer: int) -> list[np.ndarray]:

@@ -1,29 +1,14 @@
-"""Balanced k-means: each step against what it must be, clusters that are plain to see, and the split it serves."""
+"""Balanced k-means: clusters that are plain to see, and the best of a few points."""
 
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 
-from checkpoint_tools.balanced_kmeans import Metric, _Assignment, balanced_kmeans
+from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
 
 METRICS: list[Metric] = ["l2", "cos"]
-
-
-@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
-def test_rows_are_assigned_at_the_least_sum(size: int, clusters: int, seed: int) -> None:
-    distance_NE = torch.rand(size * clusters, clusters, generator=torch.Generator().manual_seed(seed))
-    label_N = _Assignment(*distance_NE.shape)(distance_NE)
-    assert torch.bincount(label_N, minlength=clusters).tolist() == [size] * clusters
-    found = float(distance_NE[torch.arange(len(label_N)), label_N].sum())
-    rows, columns = linear_sum_assignment(distance_NE.repeat_interleave(size, dim=1).numpy())
-    least = float(distance_NE[rows, columns // size].sum())
-    assert found == pytest.approx(least, abs=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -142,6 +142,56 @@ def test_neurons_of_a_cluster_share_an_expert(metric: str, on: str, dense: Path,
     assert run_tool("verify", source, tmp_path / "moe", "--all-experts") == 0
 
 
+def write_importance(folder: Path, score_LEN: Tensor, kind: str = "up_proj") -> Path:
+    for layer, score_EN in enumerate(score_LEN):
+        for expert, score_N in enumerate(score_EN):
+            (folder / str(expert)).mkdir(parents=True, exist_ok=True)
+            torch.save(score_N.clone(), folder / str(expert) / f"layers.{layer}.mlp.{kind}.weight.change")
+    return folder
+
+
+@pytest.mark.parametrize("assignment", ["optimal", "greedy", "shared"])
+def test_neurons_go_where_they_are_needed(assignment: str, dense: Path, tmp_path: Path) -> None:
+    """Of 12 experts, so that folders 10 and 11 come last: neuron n of layer l is for expert (n + l) % 12."""
+    wanted_LN = (torch.arange(48) + torch.arange(2)[:, None]) % 12
+    score_LEN = torch.rand(2, 12, 48) + 2 * (wanted_LN[:, None] == torch.arange(12)[:, None])
+    scores = write_importance(tmp_path / "scores", score_LEN)
+    arguments = ("--method", "gradient", "--importance", scores, "--assignment", assignment)
+    assert run_tool("split", dense, tmp_path / "moe", *arguments, "--num-experts", 12, "--top-k", 2) == 0
+    record = json.loads((tmp_path / "moe" / "split.json").read_text())
+    assert (record["method"], record["assignment"]) == ("gradient", assignment)
+    for layer, experts in enumerate(record["neurons"]):
+        assert experts == [torch.nonzero(wanted_LN[layer] == expert)[:, 0].tolist() for expert in range(12)]
+
+
+def test_scores_that_do_not_fit_are_refused(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = write_importance(tmp_path / "scores", torch.rand(2, 4, 48))
+    out = tmp_path / "moe"
+
+    def refused(sentence: str, folder: Path = scores, experts: int = 4) -> None:
+        arguments = ("--method", "gradient", "--importance", folder, "--num-experts", experts, "--top-k", 2)
+        assert run_tool("split", dense, out, *arguments) == 2
+        message = capsys.readouterr().err
+        assert sentence in message
+        assert not out.exists()
+
+    refused("is no folder", tmp_path / "none")
+    refused("expected one with a number for each of 8 experts", experts=8)
+    path = scores / "2" / "layers.1.mlp.up_proj.weight.change"
+    for value, sentence in (
+        (torch.rand(47), "must be a tensor of 48 finite numbers, got (47,)"),
+        (torch.full((48,), torch.nan), "finite numbers"),
+        ([1.0] * 48, "got list"),
+        (Path("x"), "cannot be read"),  # an object of some class
+    ):
+        torch.save(value, path)
+        refused(sentence)
+    path.write_bytes(b"no file of torch")
+    refused("cannot be read")
+    path.unlink()
+    refused("there must be one of")
+
+
 BAD_OPTIONS = {
     "uneven": (
         ["--num-experts", 7, "--top-k", 2],
@@ -157,8 +207,9 @@ BAD_OPTIONS = {
     ),
     "a metric of nothing": (
         ["--num-experts", 4, "--top-k", 2, "--metric", "cos"],
-        r"--metric \(cos\) and --on \(up_proj\) have no effect on --method random",
+        "--metric has no effect on --method random; leave it out",
     ),
+    "no scores": (["--num-experts", 4, "--top-k", 2, "--method", "gradient"], "--method gradient needs --importance"),
 }
 
 
