@@ -17,8 +17,8 @@ from its weights and takes turns with the others:
 
 `step` is a whole optimiser step, `exchange` all exchanges of it alone, forward and backward; `bytes` left a rank for
 another per token. A step is also predicted, by `ep-engine simulate` on a trace of other text. The cluster it is given
-is calibrated by products of a layer and by exchanges of equal messages over links of one rate, and of 10 Gbit/s, which
-hardly limit: once over a rate that no arm runs over (--calibration), and once over the rate that it predicts.
+is calibrated by products of a layer and by exchanges of equal messages over links of one rate that no arm runs over
+(--calibration), and over links of 10 Gbit/s, which hardly limit.
 """
 
 import argparse
@@ -109,24 +109,22 @@ def on_nodes(folder: Path, arms: Arms, nodes: int, per_node: int, bandwidth: str
     return found
 
 
-def calibrate(folder: Path, nodes: int, per_node: int, bandwidths: list[str]) -> dict[str, Cluster]:
-    """Emulated nodes as clusters: from exchanges over links of each rate, and over links that hardly limit."""
+def calibrate(folder: Path, nodes: int, per_node: int, bandwidth: str) -> Cluster:
+    """Emulated nodes as a cluster: from exchanges over links of one rate, and over links that hardly limit."""
+    limited, free = (
+        on_nodes(folder, {}, nodes, per_node, rate, CALIBRATION_ROUNDS)["times_ms"] for rate in (bandwidth, FREE)
+    )
     ranks = nodes * per_node
-    times = {rate: on_nodes(folder, {}, nodes, per_node, rate, CALIBRATION_ROUNDS)["times_ms"] for rate in bandwidths}
-    free = on_nodes(folder, {}, nodes, per_node, FREE, CALIBRATION_ROUNDS)["times_ms"]
-    clusters = {}
-    for rate, limited in times.items():
-        raw = {
-            "name": f"{nodes} emulated nodes on {describe_machine()}",
-            "origin": "measured",
-            "sources": ("benchmarks/nodes.py",),
-            "nodes": nodes,
-            "devices_per_node": per_node,
-            "device": {"memory_gb": memory_gb() / ranks, **device_rates(free)},
-            "network": tier_of(gbit(rate), LinkTimes(limited, ranks), gbit(FREE), LinkTimes(free, ranks)),
-        }
-        clusters[rate] = make_cluster(raw, "what was measured")
-    return clusters
+    raw = {
+        "name": f"{nodes} emulated nodes on {describe_machine()}",
+        "origin": "measured",
+        "sources": ("benchmarks/nodes.py",),
+        "nodes": nodes,
+        "devices_per_node": per_node,
+        "device": {"memory_gb": memory_gb() / ranks, **device_rates(free)},
+        "network": tier_of(gbit(bandwidth), LinkTimes(limited, ranks), gbit(FREE), LinkTimes(free, ranks)),
+    }
+    return make_cluster(raw, "what was measured")
 
 
 def gbit(bandwidth: str) -> float:
@@ -189,15 +187,14 @@ def compare(
         for nodes, per_node in layouts:
             arms = make_arms(folder, checkpoint, counted, nodes, per_node)
             arms = {name: arms[name] for name in arms if not only or name in only}
-            rates = [*dict.fromkeys((calibration, *bandwidths))]
-            clusters = calibrate(folder, nodes, per_node, rates) if per_node == 1 else {}
+            cluster = calibrate(folder, nodes, per_node, calibration) if per_node == 1 else None
             for bandwidth in bandwidths:
                 found = on_nodes(folder, arms, nodes, per_node, bandwidth, rounds)
                 result = describe(found, arms)
-                for rate in [rate for rate in (calibration, bandwidth) if rate in clusters]:
-                    cluster = clusters[rate].changed(None, gbit(bandwidth))
-                    predicted = predict(folder, arms, cluster, result) | {"cluster": cluster.model_dump()}
-                    result.setdefault("predicted", {})[f"calibrated at {rate}"] = predicted
+                if cluster is not None:
+                    here = cluster.changed(None, gbit(bandwidth))
+                    predicted = predict(folder, arms, here, result) | {"cluster": here.model_dump()}
+                    result["predicted"] = {f"calibrated at {calibration}": predicted}
                 title = f"{nodes} nodes x {per_node} ranks, {bandwidth}"
                 for kind in ("step", "exchange"):
                     ratios = {key: value for key, value in result["ratios"].items() if key.startswith(kind)}

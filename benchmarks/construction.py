@@ -1,0 +1,107 @@
+"""How long does it take to cut an FFN into experts, and how well is it cut?
+
+    python -m benchmarks.construction [--neurons 11008] [--dim 4096] [--experts 16] [--json OUT]
+
+One layer of the shape of LLaMA-2-7B, rows drawn with a seed (a mixture of as many directions as experts, mostly noise):
+
+    clusters l2, cos    `split --method clustering`, in a process of its own whose peak memory is asked for
+    k-means-constrained the library that LLaMA-MoE takes, on the same rows, if it is installed; it knows l2 alone
+    assignment          `split --method gradient`: exact, and the published greedy, on the same scores
+"""
+
+import argparse
+import importlib.util
+import multiprocessing
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.timing import write_results
+from checkpoint_tools.assignment import greedy, optimal
+from checkpoint_tools.balanced_kmeans import balanced_kmeans
+
+
+def rows(neurons: int, dim: int, experts: int) -> Tensor:
+    """Rows of length one."""
+    draw = torch.Generator().manual_seed(0)
+    centre_ED = torch.nn.functional.normalize(torch.randn(experts, dim, generator=draw), dim=1)
+    hidden_N = torch.randint(experts, (neurons,), generator=draw)
+    noise_ND = torch.nn.functional.normalize(torch.randn(neurons, dim, generator=draw), dim=1)
+    return torch.nn.functional.normalize(0.3 * centre_ED[hidden_N] + noise_ND, dim=1)
+
+
+def ours(neurons: int, dim: int, experts: int, metric: str) -> dict[str, float]:
+    """Balanced k-means."""
+    x_ND = rows(neurons, dim, experts)
+    started = time.perf_counter()
+    found = balanced_kmeans(x_ND, experts, metric=metric)  # type: ignore[arg-type]
+    return {"seconds": time.perf_counter() - started, "inertia": found.inertia, "steps": found.steps}
+
+
+def theirs(neurons: int, dim: int, experts: int) -> dict[str, float]:
+    """The library, as LLaMA-MoE calls it but for one start instead of ten."""
+    from k_means_constrained import KMeansConstrained
+
+    x_ND = rows(neurons, dim, experts).numpy()
+    size = neurons // experts
+    started = time.perf_counter()
+    found = KMeansConstrained(experts, size_min=size, size_max=size, n_init=1, random_state=0, tol=1e-4).fit(x_ND)
+    return {"seconds": time.perf_counter() - started, "inertia": float(found.inertia_), "steps": float(found.n_iter_)}
+
+
+def assignments(neurons: int, experts: int) -> dict[str, Any]:
+    """Both ways on scores like those of importance: positive, with long tails."""
+    score_EN = np.random.default_rng(0).lognormal(size=(experts, neurons))
+    found: dict[str, Any] = {}
+    for name, way in (("exact", optimal), ("greedy", lambda scores: greedy(scores, neurons // experts))):
+        started = time.perf_counter()
+        chosen = way(score_EN)
+        seconds = time.perf_counter() - started
+        total = sum(float(score_EN[expert, of].sum()) for expert, of in enumerate(chosen))
+        found[name] = {"seconds": seconds, "sum_of_scores": total}
+    return found
+
+
+def alone(body: Callable[..., dict[str, float]], *sizes: object) -> dict[str, float]:
+    """What `body` returns, and the peak memory of a process that does nothing else."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    process = context.Process(target=_answer, args=(body, sizes, answers))
+    process.start()
+    found: dict[str, float] = answers.get()
+    process.join()
+    return found
+
+
+def _answer(body: Callable[..., dict[str, float]], sizes: tuple[object, ...], answers: Any) -> None:
+    found = body(*sizes)
+    answers.put(found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--neurons", type=int, default=11_008)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    sizes = args.neurons, args.dim, args.experts
+    results: dict[str, Any] = {f"clusters {metric}": alone(ours, *sizes, metric) for metric in ("l2", "cos")}
+    if importlib.util.find_spec("k_means_constrained") is not None:
+        results["k-means-constrained"] = alone(theirs, *sizes)
+        ratio = results["clusters l2"]["inertia"] / results["k-means-constrained"]["inertia"]
+        results["inertia_vs_library"] = ratio
+    results["assignment"] = assignments(args.neurons, args.experts)
+    setting = {"neurons": args.neurons, "dim": args.dim, "experts": args.experts, "seed": 0}
+    write_results(args.json, __doc__.splitlines()[0], setting, results)
+
+
+if __name__ == "__main__":
+    main()
