@@ -14,7 +14,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
 Out = Annotated[Path, typer.Argument(help="folder to write")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")]
-Method = Literal["random", "clustering", "gradient"]
+Method = Literal["random", "clustering", "gradient", "published"]
 Metric = Literal["l2", "cos"]
 Projection = Literal["up_proj", "gate_proj"]
 Assignment = Literal["optimal", "greedy", "shared"]
@@ -64,6 +64,7 @@ def split_command(
     method: Annotated[Method, typer.Option(help="how neurons are given to experts")] = "random",
     metric: Annotated[Metric, typer.Option(help="of clustering: distance of rows, or of their directions")] = "l2",
     on: Annotated[Projection, typer.Option(help="whose rows are clustered, or whose importance is read")] = "up_proj",
+    files: Annotated[Path | None, typer.Option(help="of published: a folder of split files")] = None,
     importance: Annotated[Path | None, typer.Option(help="of gradient: a folder of scores for every expert")] = None,
     assignment: Annotated[Assignment, typer.Option(help="of gradient: best sum; published; best of each")] = "optimal",
     seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
@@ -80,15 +81,25 @@ def split_command(
     given = {
         "metric": metric != "l2",
         "on": on != "up_proj",
+        "files": files,
         "importance": importance,
         "assignment": assignment != "optimal",
     }
-    read = {"random": (), "clustering": ("metric", "on"), "gradient": ("on", "importance", "assignment")}[method]
+    read = {
+        "random": (),
+        "clustering": ("metric", "on"),
+        "gradient": ("on", "importance", "assignment"),
+        "published": ("on", "files"),
+    }[method]
     for name in (name for name, value in given.items() if value and name not in read):
         raise UserError(f"--{name} has no effect on --method {method}; leave it out")
     if method == "gradient" and importance is None:
         raise UserError("--method gradient needs --importance, the folder of scores; give it")
-    options = SplitOptions(num_experts, top_k, seed, gate, score_scale, method, metric, on, importance, assignment)
+    if method == "published" and files is None:
+        raise UserError("--method published needs --files, the folder of split files; give it")
+    options = SplitOptions(
+        num_experts, top_k, seed, gate, score_scale, method, metric, on, files, importance, assignment
+    )
     _report_written(out, split(source, out, options, overwrite=overwrite), as_json)
 
 

@@ -23,6 +23,7 @@ from checkpoint_tools.assignment import greedy, optimal, shared
 from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
 from checkpoint_tools.importance import Importance
 from checkpoint_tools.source import Source, check_apart, open_source
+from checkpoint_tools.split_files import covers_once, file_of, read_split_file, write_split_file
 from ep_engine.checkpoint import write_model
 from ep_engine.checksum import checksum
 from ep_engine.errors import Fault, UserError
@@ -30,7 +31,7 @@ from ep_engine.model_config import ModelConfig, MoEConfig, first_sentence
 from ep_engine.output import check_output_folder, whole_folder
 from ep_engine.progress import track
 
-Method = Literal["random", "clustering", "gradient"]
+Method = Literal["random", "clustering", "gradient", "published"]
 Projection = Literal["up_proj", "gate_proj"]
 Assignment = Literal["optimal", "greedy", "shared"]
 
@@ -53,6 +54,7 @@ class SplitOptions:
     method: Method = "random"
     metric: Metric = "l2"  # of clustering, between rows of length one
     on: Projection = "up_proj"  # whose rows are clustered, whose importance is read
+    files: Path | None = None  # of published: folder of split files
     importance: Path | None = None  # of gradient: folder of importance files
     assignment: Assignment = "optimal"  # of gradient
 
@@ -60,6 +62,7 @@ class SplitOptions:
         """How neurons were given to experts, for split.json."""
         own: dict[str, dict[str, Any]] = {
             "random": {},
+            "published": {"files": str(self.files), "on": self.on},
             "clustering": {"metric": self.metric, "on": self.on},
             "gradient": {"importance": str(self.importance), "on": self.on, "assignment": self.assignment},
         }
@@ -69,9 +72,12 @@ class SplitOptions:
 def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = False) -> ModelConfig:
     """Split every FFN into equal experts and write an engine checkpoint with `split.json` beside the weights.
 
+    Split files as LLaMA-MoE publishes them lie in `split/`.
+
     `random`: every layer has a shuffle of its own. `clustering`: neurons with similar rows of w_up or w_gate share an
-    expert. `gradient`: neurons go to the expert whose cluster of a corpus needs them most. The identity "all experts on
-    = dense" is checked in every layer, in fp64, but for assignment `shared`: a neuron may be in several or in none.
+    expert. `gradient`: neurons go to the expert whose cluster of a corpus needs them most. `published`: as files say.
+    The identity "all experts on = dense" is checked in every layer, in fp64, but where a neuron is in several experts
+    or in none, as assignment `shared` and published files may have it.
 
     Args:
         source: dense Hugging Face folder or engine checkpoint.
@@ -97,7 +103,7 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
         ffn = {name: model.tensors[f"layers.{layer}.ffn.{name}.weight"] for name in _WEIGHTS}
         partition.append(_partition(ffn, options, layer, scores))
         experts = [_expert(ffn, neurons) for neurons in partition[layer]]
-        if options.assignment != "shared":
+        if options.method in ("random", "clustering") or covers_once(partition[layer], width):
             check_identity(ffn, experts, partition[layer], layer)
         at = f"layers.{layer}.moe"
         tensors |= {f"{at}.experts.{e}.{name}": w for e, expert in enumerate(experts) for name, w in expert.items()}
@@ -112,6 +118,10 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
     with whole_folder(out, overwrite=overwrite) as draft:
         write_model(draft, config, tensors, source=source)
         (draft / "split.json").write_text(json.dumps(record))
+        if all(covers_once(experts, width) for experts in partition):
+            (draft / "split").mkdir()
+            for layer, neurons in enumerate(partition):
+                write_split_file(file_of(draft / "split", layer, options.on), neurons, width)
     return config
 
 
@@ -148,6 +158,9 @@ def _partition(
     ffn: Mapping[str, Tensor], options: SplitOptions, layer: int, scores: Importance | None
 ) -> list[np.ndarray]:
     """The neurons of every expert, ascending."""
+    if options.files is not None:
+        path = file_of(options.files, layer, options.on)
+        return read_split_file(path, options.num_experts, len(ffn["w_up"]))
     if scores is not None:
         score_EN, size = scores.layer(layer), len(ffn["w_up"]) // options.num_experts
         found = optimal(score_EN) if options.assignment == "optimal" else _WAYS[options.assignment](score_EN, size)

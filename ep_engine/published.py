@@ -20,6 +20,7 @@ _ALLOWED = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
     ("numpy._core.numeric", "_frombuffer"),  # from protocol 5 on
 }
 
@@ -32,7 +33,7 @@ def read_published_counts(path: Path, top_k: int | None) -> Profile:
     Raises:
         UserError: it is no such pickle, or `top_k` is missing or does not divide the sums of rows.
     """
-    counts = _unpickled(path)
+    counts = unpickled(_read(path), path)
     if not isinstance(counts, np.ndarray):
         raise UserError(f"{path} holds {type(counts).__name__}, not one array of counts (L, E, E); give another file")
     if top_k is None or top_k < 2:
@@ -69,7 +70,7 @@ def read_lists(path: Path) -> tuple[list[list[list[int]]], int | None]:
             rules to say.
     """
     if path.suffix == ".pkl":
-        lists, top_t = _unpickled(path), None
+        lists, top_t = unpickled(_read(path), path), None
     else:
         try:
             raw = json.loads(path.read_bytes())
@@ -97,15 +98,23 @@ def _as_table(lists: Any) -> NDArray[np.int64] | None:
     return table.astype(np.int64) if whole and table.shape[1] == table.shape[2] else None
 
 
-def _unpickled(path: Path) -> Any:
+def unpickled(data: bytes, path: Path) -> Any:
+    """What a pickle of numbers, lists and numpy's arrays holds; UserError, and nothing run, for any other."""
     try:
-        return _Restricted(io.BytesIO(path.read_bytes())).load()
+        return _Restricted(io.BytesIO(data)).load()
     except _RefusedError as error:
         raise UserError(
-            f"{path} wants to run {error}; a pickle of counts holds numpy arrays alone, nothing was run"
+            f"{path} wants to run {error}; here it may hold numbers, lists and numpy's arrays alone, nothing was run"
         ) from None
     except Exception as error:  # of damaged data an unpickler may say anything
         raise UserError(f"{path} cannot be read as a pickle ({error}); give another file") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give another file") from None
 
 
 class _RefusedError(Exception):

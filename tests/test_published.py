@@ -64,7 +64,7 @@ def test_nothing_is_run(kind: str, tmp_path: Path) -> None:
         value = np.array([trap], dtype=object)
     path = written(tmp_path / "c.pkl", value)
     for read in (lambda: read_published_counts(path, 2), lambda: read_lists(path)):
-        with pytest.raises(UserError, match=r"wants to run .*; a pickle of counts holds numpy arrays alone"):
+        with pytest.raises(UserError, match="wants to run .*; here it may hold numbers, lists and numpy's arrays alone"):
             read()
     assert not (tmp_path / "trap").exists()
 

@@ -1,8 +1,11 @@
 """Splitting a dense model: the partition, the identity "all experts on = dense", and what is refused."""
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +145,67 @@ def test_neurons_of_a_cluster_share_an_expert(metric: str, on: str, dense: Path,
     assert run_tool("verify", source, tmp_path / "moe", "--all-experts") == 0
 
 
+PUBLISHED: dict[str, Callable[[list[int]], Any]] = {
+    "ints": list,
+    "numpy's ints": lambda labels: [np.int32(label) for label in labels],
+    "floats": lambda labels: np.array(labels, dtype=np.float64),
+    "lists of neurons": lambda labels: [np.flatnonzero(np.array(labels) == e).tolist()[::-1] for e in range(4)],
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_files_are_read_whatever_they_hold(kind: str, dense: Path, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    labels = [torch.randperm(48, generator=torch.Generator().manual_seed(i)) % 4 for i in range(2)]
+    for layer, label_N in enumerate(labels):
+        value = PUBLISHED[kind](label_N.tolist())
+        torch.save(value, files / f"layers.{layer}.mlp.gate_proj.weight", pickle_protocol=5)
+    sizes = ("--num-experts", 4, "--top-k", 2)
+    arguments = ("--method", "published", "--files", files, "--on", "gate_proj", *sizes)
+    assert run_tool("split", dense, tmp_path / "moe", *arguments) == 0
+    record = json.loads((tmp_path / "moe" / "split.json").read_text())
+    assert [[sorted(neurons) for neurons in experts] for experts in record["neurons"]] == [
+        [torch.nonzero(label_N == expert)[:, 0].tolist() for expert in range(4)] for label_N in labels
+    ]
+    ours = ("--method", "published", "--files", tmp_path / "moe" / "split", "--on", "gate_proj", *sizes)
+    assert run_tool("split", dense, tmp_path / "again", *ours) == 0
+    again = json.loads((tmp_path / "again" / "split.json").read_text())
+    assert [[sorted(neurons) for neurons in experts] for experts in record["neurons"]] == again["neurons"]
+
+
+class Harmful:
+    """Would make a folder when it is read."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("harmed",)
+
+
+def test_split_files_that_do_not_fit_or_run_something_are_refused(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "layers.0.mlp.up_proj.weight"
+    uneven = [0] * 13 + [1] * 11 + [2] * 12 + [3] * 12
+    for value, sentence in (
+        ([0, 1, 2, 3] * 11, "must hold 48 labels in 0..3, 12 of each"),
+        (uneven, "12 of each"),
+        ([0.5] * 48, "must hold 48 labels"),
+        ([[0] * 12] * 4, "lists of so many distinct neurons"),
+        ([list(range(11))] * 3 + [list(range(12))], "must hold 48 labels"),
+        (Harmful(), "wants to run posix.mkdir"),
+    ):
+        torch.save(value, path)
+        arguments = ("--method", "published", "--files", tmp_path, "--num-experts", 4, "--top-k", 2)
+        assert run_tool("split", dense, tmp_path / "moe", *arguments) == 2
+        assert sentence in capsys.readouterr().err
+    path.write_bytes(b"no archive")
+    assert run_tool("split", dense, tmp_path / "moe", *arguments) == 2
+    assert "was not saved by torch" in capsys.readouterr().err
+    assert not (tmp_path / "harmed").exists()
+    assert not (tmp_path / "moe").exists()
+
+
 def write_importance(folder: Path, score_LEN: Tensor, kind: str = "up_proj") -> Path:
     for layer, score_EN in enumerate(score_LEN):
         for expert, score_N in enumerate(score_EN):
@@ -203,12 +267,13 @@ BAD_OPTIONS = {
     "unknown gate": (["--num-experts", 4, "--top-k", 2, "--gate", "gmm"], "gate: .* 'linear' or 'mlp', got 'gmm'"),
     "unknown method": (
         ["--num-experts", 4, "--top-k", 2, "--method", "x"],
-        "Invalid value for '--method': 'x' is not one of 'random', 'clustering'",
+        "Invalid value for '--method': 'x' is not one of 'random', 'clustering', ",
     ),
     "a metric of nothing": (
         ["--num-experts", 4, "--top-k", 2, "--metric", "cos"],
         "--metric has no effect on --method random; leave it out",
     ),
+    "no files": (["--num-experts", 4, "--top-k", 2, "--method", "published"], "--method published needs --files"),
     "no scores": (["--num-experts", 4, "--top-k", 2, "--method", "gradient"], "--method gradient needs --importance"),
 }
 

@@ -1,0 +1,86 @@
+"""Published split files: which neurons belong to which expert, a file for each layer (LLaMA-MoE).
+
+    DIR/layers.{i}.mlp.up_proj.weight    saved by torch: a label for each neuron, as ints, numpy's ints or floats, or
+                                         the neurons of each expert, best first
+
+Which of the two it is shows its nesting. Nothing in a file is run: it may hold numbers, lists and numpy's arrays.
+"""
+
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ep_engine.errors import UserError
+from ep_engine.published import unpickled
+
+Neurons = list[NDArray[np.int64]]
+
+
+def file_of(folder: Path, layer: int, projection: str) -> Path:
+    """The file of a layer; `projection` is `up_proj` or `gate_proj` and means no more than a name."""
+    return folder / f"layers.{layer}.mlp.{projection}.weight"
+
+
+def read_split_file(path: Path, num_experts: int, width: int) -> Neurons:
+    """The neurons of every expert: ascending of labels, else in the order of the file.
+
+    Args:
+        path: of one layer.
+        num_experts: E.
+        width: N; each expert has N / E neurons.
+
+    Raises:
+        UserError: the file is missing or damaged or wants to run something, or does not hold such experts.
+    """
+    value = unpickled(_pickle_in(path), path)
+    try:
+        found = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        found = np.empty(0)
+    whole = found.dtype.kind in "iuf" and bool((found == np.floor(found)).all())
+    if whole and found.shape == (width,):
+        experts = [np.flatnonzero(found == expert) for expert in range(num_experts)]
+        whole = found.min() >= 0 and found.max() < num_experts
+    elif whole and found.shape == (num_experts, width // num_experts):
+        experts = list(found.astype(np.int64))
+        whole = found.min() >= 0 and found.max() < width and all(len(set(row.tolist())) == len(row) for row in found)
+    else:
+        whole = False
+    if not whole or any(len(neurons) != width // num_experts for neurons in experts):
+        raise UserError(
+            f"{path} must hold {width} labels in 0..{num_experts - 1}, {width // num_experts} of each, or "
+            f"{num_experts} lists of so many distinct neurons; got {type(value).__name__} of shape {found.shape}; "
+            "correct --num-experts or the file"
+        )
+    return experts
+
+
+def write_split_file(path: Path, experts: Neurons, width: int) -> None:
+    """Labels as a list of ints, as the published random split writes them; every neuron belongs to one expert."""
+    label_N = np.empty(width, dtype=np.int64)
+    for expert, neurons in enumerate(experts):
+        label_N[neurons] = expert
+    torch.save(label_N.tolist(), path)
+
+
+def _pickle_in(path: Path) -> bytes:
+    """What torch.save has pickled: a member of a zip archive."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"split file {path} cannot be read ({error.strerror}); correct the folder or --on") from None
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            return archive.read(name)
+    except (zipfile.BadZipFile, ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"split file {path} was not saved by torch ({error}); give another") from None
+
+
+def covers_once(experts: Neurons, width: int) -> bool:
+    """Whether every neuron belongs to one expert, so that all experts together are the dense FFN."""
+    return np.array_equal(np.sort(np.concatenate(experts)), np.arange(width))
