@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ep_engine.errors import UserError
-from ep_engine.published import unpickled
+from ep_engine.plain_pickle import plain_pickle
 
 Neurons = list[NDArray[np.int64]]
 
@@ -36,7 +36,7 @@ def read_split_file(path: Path, num_experts: int, width: int) -> Neurons:
     Raises:
         UserError: the file is missing or damaged or wants to run something, or does not hold such experts.
     """
-    value = unpickled(_pickle_in(path), path)
+    value = plain_pickle(_pickle_in(path), path)
     try:
         found = np.asarray(value)
     except ValueError:  # lists of different lengths

@@ -1,12 +1,9 @@
 """Published files of C2R (github.com/UNITES-Lab/c2r-moe): counts as pickles, lists in `config.json` or as pickles.
 
-A pickle can run any code when it is read. Here it may name numpy's array, its dtype and what puts an array together;
-anything else is refused before it is looked up.
+How pickles are read without running them is in plain_pickle.py.
 """
 
-import io
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +12,7 @@ from numpy.typing import NDArray
 
 from ep_engine.collaboration import Profile, checked_counts
 from ep_engine.errors import UserError
-
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),  # from protocol 5 on
-}
+from ep_engine.plain_pickle import read_plain_pickle
 
 
 def read_published_counts(path: Path, top_k: int | None) -> Profile:
@@ -33,7 +23,7 @@ def read_published_counts(path: Path, top_k: int | None) -> Profile:
     Raises:
         UserError: it is no such pickle, or `top_k` is missing or does not divide the sums of rows.
     """
-    counts = unpickled(_read(path), path)
+    counts = read_plain_pickle(path)
     if not isinstance(counts, np.ndarray):
         raise UserError(f"{path} holds {type(counts).__name__}, not one array of counts (L, E, E); give another file")
     if top_k is None or top_k < 2:
@@ -70,7 +60,7 @@ def read_lists(path: Path) -> tuple[list[list[list[int]]], int | None]:
             rules to say.
     """
     if path.suffix == ".pkl":
-        lists, top_t = unpickled(_read(path), path), None
+        lists, top_t = read_plain_pickle(path), None
     else:
         try:
             raw = json.loads(path.read_bytes())
@@ -96,34 +86,3 @@ def _as_table(lists: Any) -> NDArray[np.int64] | None:
         return None
     whole = np.issubdtype(table.dtype, np.integer) and table.ndim == 3 and table.size > 0
     return table.astype(np.int64) if whole and table.shape[1] == table.shape[2] else None
-
-
-def unpickled(data: bytes, path: Path) -> Any:
-    """What a pickle of numbers, lists and numpy's arrays holds; UserError, and nothing run, for any other."""
-    try:
-        return _Restricted(io.BytesIO(data)).load()
-    except _RefusedError as error:
-        raise UserError(
-            f"{path} wants to run {error}; here it may hold numbers, lists and numpy's arrays alone, nothing was run"
-        ) from None
-    except Exception as error:  # of damaged data an unpickler may say anything
-        raise UserError(f"{path} cannot be read as a pickle ({error}); give another file") from None
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give another file") from None
-
-
-class _RefusedError(Exception):
-    """A pickle named something."""
-
-
-class _Restricted(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        module = module.replace("numpy.core.", "numpy._core.")  # as numpy 1 called it
-        if (module, name) not in _ALLOWED:
-            raise _RefusedError(f"{module}.{name}")
-        return super().find_class(module, name)

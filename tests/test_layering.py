@@ -18,7 +18,8 @@ ORDER = [
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "feed_forward", "entropy", "load_balance", "moe_layer", "attention", "model",  # what it is part of
     "tokens", "corpus", "entries", "checkpoint", "saver", "initial",  # what it reads and writes
-    "collaboration", "published", "constrain", "locality", "solver", "place", "placement_watch", "metrics",
+    "plain_pickle", "collaboration", "published", "constrain",
+    "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
     "layout", "resolve", "routing_metrics", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it

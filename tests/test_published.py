@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ep_engine.collaboration import collaboration_lists
 from ep_engine.errors import UserError
+from ep_engine.plain_pickle import plain_pickle
 from ep_engine.published import read_lists, read_published_counts
 from tests.counts import COUNTS, DATA, LOAD, published
 
@@ -26,10 +27,6 @@ def written(path: Path, value: object, protocol: int = 4) -> Path:
 @pytest.mark.parametrize("diagonal", [-1, 0])
 def test_counts_and_the_load_that_is_in_them(protocol: int, diagonal: int, tmp_path: Path) -> None:
     counts = (COUNTS + diagonal * np.eye(4, dtype=np.int64))[None]
-    if protocol < 3:  # writes bytes as text, decoded by a function
-        with pytest.raises(UserError, match=r"wants to run _codecs\.encode"):
-            read_published_counts(written(tmp_path / "c.pkl", counts, protocol), 2)
-        return
     found = read_published_counts(written(tmp_path / "c.pkl", counts, protocol), 2)
     assert np.array_equal(found.counts, COUNTS[None])
     assert np.array_equal(found.load, LOAD[None])
@@ -64,7 +61,7 @@ def test_nothing_is_run(kind: str, tmp_path: Path) -> None:
         value = np.array([trap], dtype=object)
     path = written(tmp_path / "c.pkl", value)
     for read in (lambda: read_published_counts(path, 2), lambda: read_lists(path)):
-        with pytest.raises(UserError, match="wants to run .*; here it may hold numbers, lists and numpy's arrays alone"):
+        with pytest.raises(UserError, match=r"wants to run .*, lists and numpy's arrays alone|'O8' holds no numbers"):
             read()
     assert not (tmp_path / "trap").exists()
 
@@ -77,20 +74,40 @@ def test_noise_is_refused_in_a_sentence(data: bytes, tmp_path_factory: pytest.Te
         read_published_counts(path, 2)
 
 
-@given(cut=st.integers(0, 250), flip=st.integers(0, 250), bit=st.integers(0, 7))
-def test_damage_is_refused_or_seen_to_be_harmless(
-    cut: int, flip: int, bit: int, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("damage") / "c.pkl"
-    data = bytearray(pickle.dumps(COUNTS[None], 4))
-    data[flip % len(data)] ^= 1 << bit
-    for part in (bytes(data), pickle.dumps(COUNTS[None], 4)[:cut]):
-        path.write_bytes(part)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_damage_of_any_bit_is_refused_or_seen_to_be_harmless(protocol: int, tmp_path: Path) -> None:
+    """numpy's own parts end the process on some of these: the dtype m8 with the state of i8."""
+    whole, path = pickle.dumps([COUNTS[None], np.int32(3)], protocol), tmp_path / "c.pkl"
+    damaged = [whole[:cut] for cut in range(len(whole))]
+    for place in range(len(whole)):
+        for bit in range(8):
+            damaged.append(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+    for data in damaged:
         try:
-            found = read_published_counts(path, 2)
+            found = plain_pickle(data, path)
         except UserError:
             continue
-        assert (found.counts == found.counts.transpose(0, 2, 1)).all()
+        assert found is None or isinstance(found, (list, tuple, np.ndarray, np.generic, int, float, str, bytes))
+
+
+def test_a_pickle_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it wants to remember 2147483647 things"):
+        plain_pickle(b"\x80\x02]r\xff\xff\xff\x7f.", tmp_path / "c.pkl")
+
+
+def test_arrays_are_those_that_were_pickled(tmp_path: Path) -> None:
+    for protocol in (2, 3, 4, 5):
+        for array in (
+            COUNTS,
+            COUNTS.T,
+            np.asfortranarray(COUNTS[:2]),
+            COUNTS.astype(">i4"),
+            np.float16([1.5, 2]),
+            np.array(7),
+        ):
+            found = plain_pickle(pickle.dumps([array, (array,)], protocol), tmp_path)
+            assert np.array_equal(found[0], array)
+            assert np.array_equal(found[1][0], array)
 
 
 REFUSED = {
