@@ -31,7 +31,9 @@ from ep_engine.what_if import variants
 from tests.run_cases import moe_folder, small_run
 from tests.small_models import moe_checkpoint, routing_tables
 
-CLUSTERS = sorted((Path(__file__).parent.parent / "launch" / "clusters").glob("*.toml"))
+FOLDER = Path(__file__).parent.parent / "launch" / "clusters"
+CLUSTERS = {path.stem: path for path in FOLDER.glob("*.toml")}
+MODELLED = ["h200-ib", "h200-efa", "pcie-workstation"]
 FAST = {"memory_gb": 1, **{f"{kind}_tflops": 1e6 for kind in ("dense", "experts", "attention")}, "moved_gb_per_s": 1e9}
 TOKENS = 48 * 16
 
@@ -202,16 +204,16 @@ def test_a_pipeline_fills_and_drains(folder: Path) -> None:
 
 def test_of_many_ranks_some_are_counted(folder: Path) -> None:
     config = run_of(folder, 4, data={"batch_size": 4096}, parallel={"data_parallel_size": 4096})
-    found = simulate(config, read_cluster(CLUSTERS[0]).changed(512, None), folder / "trace.npz")
+    found = simulate(config, read_cluster(CLUSTERS["h200-ib"]).changed(512, None), folder / "trace.npz")
     assert (found["ranks"], found["ranks_counted"]) == (4096, 64)
     groups = Groups.of(config, 4096, 8)
     assert groups.some(64).counted() == list(range(64))
     assert groups.some(1).counted() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
-def test_modelled_clusters_say_that_nothing_was_validated(path: Path, folder: Path) -> None:
-    cluster = read_cluster(path)
+@pytest.mark.parametrize("name", MODELLED)
+def test_modelled_clusters_say_that_nothing_was_validated(name: str, folder: Path) -> None:
+    cluster = read_cluster(CLUSTERS[name])
     config = run_of(folder, 8, data={"batch_size": 512}, moe={"transport": "auto"})
     for nodes in (1, 2, 64):
         found = simulate(config, cluster.changed(nodes, None), folder / "trace.npz")
@@ -220,6 +222,14 @@ def test_modelled_clusters_say_that_nothing_was_validated(path: Path, folder: Pa
         assert found["not_validated"] == [
             f"the figures of {cluster.name} are modelled and no prediction was compared with a run"
         ]
+
+
+def test_measured_nodes_say_how_far_off_predictions_were(folder: Path) -> None:
+    cluster = read_cluster(CLUSTERS["emulated-2-nodes"])
+    found = simulate(run_of(folder), cluster, folder / "trace.npz")
+    assert (cluster.origin, found["validated"]) == ("measured", True)
+    assert 0 < found["mean_error"] < 0.15
+    assert set(CLUSTERS) == {*MODELLED, "emulated-2-nodes"}
 
 
 def test_outside_of_the_validated_range_a_prediction_says_so(folder: Path) -> None:
@@ -267,7 +277,7 @@ def run_file(folder: Path) -> Path:
 
 
 def test_the_command_shows_cases_side_by_side(call: Any, folder: Path, run_file: Path) -> None:
-    words = [folder / "trace.npz", "--run", run_file, "--cluster", CLUSTERS[0]]
+    words = [folder / "trace.npz", "--run", run_file, "--cluster", CLUSTERS["h200-ib"]]
     status, out, err = call(*words, "--rule", "topk", "--rule", "c2r:3", "--profile", folder / "own.npz")
     assert (status, err) == (0, "")
     assert "c2r T=3" in out
@@ -293,7 +303,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_mistake_is_one_sentence(name: str, call: Any, folder: Path, run_file: Path) -> None:
     more, sentence = REFUSED[name]
-    given = ["--cluster", CLUSTERS[0]] if "--cluster" not in more else []
+    given = ["--cluster", CLUSTERS["h200-ib"]] if "--cluster" not in more else []
     status, out, err = call(
         folder / "trace.npz", "--run", run_file, *given, *(word.format(folder=folder) for word in more)
     )
