@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,12 @@ def assignments(neurons: int, experts: int) -> dict[str, Any]:
 
 def alone(body: Callable[..., dict[str, float]], *sizes: object) -> dict[str, float]:
     """What `body` returns, and the peak memory of a process that does nothing else."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    process = context.Process(target=_answer, args=(body, sizes, answers))
-    process.start()
-    found: dict[str, float] = answers.get()
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_with_peak, body, *sizes).result()
 
 
-def _answer(body: Callable[..., dict[str, float]], sizes: tuple[object, ...], answers: Any) -> None:
-    found = body(*sizes)
-    answers.put(found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20})
+def _with_peak(body: Callable[..., dict[str, float]], *sizes: object) -> dict[str, float]:
+    return body(*sizes) | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def main() -> None:

@@ -150,6 +150,13 @@ def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
     for found in (found for name, found in placed.items() if name.startswith("large")):
         assert f"| {found['ours']['devices']:.3f}, {found['ours']['nodes']:.3f} |" in text
     assert f"{(watched['watch']['ratios']['timed_inside'] - 1):.2%}".replace("%", " % of a step") in text
+    document = json.loads((ROOT / "benchmarks/results/nodes_predicted.json").read_text())
+    for title, one in document["results"].items():
+        nodes, rate = title.split(" nodes")[0], title.split(", ")[1]
+        for name, predicted in one["predicted"]["calibrated at 300mbit"].items():
+            if name in one["step"]:
+                seconds = one["step"][name]["median_ms"] / 1e3, predicted["step_ms"] / 1e3
+                assert f"| {nodes} | {rate} | {name} | {seconds[0]:.2f} | {seconds[1]:.2f} |" in text
     for name, found in step["times"].items():
         spread = [f"{found[key] / 1e3:.2f}" for key in ("median_ms", "min_ms", "max_ms")]
         assert f"| {name} | {spread[0]} ({spread[1]}, {spread[2]}) |" in text
