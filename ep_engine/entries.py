@@ -108,8 +108,9 @@ def _expert_shard(name: str, local: Tensor, sliced: bool, experts: DeviceMesh | 
     dims = {"edp": model_dim} if sliced else {}
     if experts is not None and experts["etp"].size() > 1:
         dims["etp"] = own_dim
-    if experts is None or not dims:
+    if not dims:
         return Shard(local, local, 0)
+    assert experts is not None, "experts in slices lie on a mesh"
     split = DTensor.from_local(local, experts[tuple(dims)], [Split(dim) for dim in dims.values()], run_check=False)
     return _shard(split, local)
 

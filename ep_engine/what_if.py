@@ -76,7 +76,7 @@ def print_comparison(found: list[dict[str, Any]], console: Console) -> None:
             f"{tail['over_mean']:.2f}",
             *(f"{sent[tier]:.0f}" for tier in ("node", "network")),
             f"{case['memory_gb']:.3g}" + ("" if case["fits"] else " does not fit"),
-            f"{case['tokens_per_second']:.4g}",
+            f"{case['tokens_per_second']:,.0f}",
         )
     console.print(table)
     if len(found) == 1:
