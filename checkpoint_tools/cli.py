@@ -1,4 +1,4 @@
-"""The command line: `python -m checkpoint_tools inspect | split | convert | export | verify`."""
+"""The command line: `python -m checkpoint_tools inspect | split | upcycle | convert | export | verify`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -103,12 +103,34 @@ def split_command(
     _report_written(out, split(source, out, options, overwrite=overwrite), as_json)
 
 
+@app.command("upcycle")
+def upcycle_command(
+    source: Folder,
+    out: Out,
+    num_experts: Annotated[int, typer.Option(min=1, help="experts per layer")],
+    top_k: Annotated[int, typer.Option(min=1, help="experts per token")],
+    granularity: Annotated[int, typer.Option(min=1, help="slices that an FFN is cut into before it is copied")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the router's weights")] = 0,
+    gate: Annotated[str, typer.Option(help="router: linear or mlp")] = "linear",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Copy the FFNs of a dense model into experts; the model computes the same at first."""
+    from checkpoint_tools.upcycle import UpcycleOptions, upcycle
+
+    options = UpcycleOptions(num_experts, top_k, granularity, seed, gate)
+    _report_written(out, upcycle(source, out, options, overwrite=overwrite), as_json)
+
+
 @app.command("verify")
 def verify_command(
     first: Folder,
     second: Folder,
     all_experts: Annotated[
         bool, typer.Option("--all-experts", help="every expert on: a split model against its source")
+    ] = False,
+    logits: Annotated[
+        bool, typer.Option("--logits", help="compare logits alone: an upcycled model against its source")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the random tokens")] = 0,
     tolerance: Annotated[float, typer.Option(min=0.0, help="relative to the largest logit, fp32")] = 1e-5,
@@ -117,7 +139,7 @@ def verify_command(
     """Compare two model folders; exit status 1 if they are not the same model."""
     from checkpoint_tools.verify import verify
 
-    found = verify(first, second, all_experts=all_experts, seed=seed, tolerance=tolerance)
+    found = verify(first, second, all_experts=all_experts, logits_alone=logits, seed=seed, tolerance=tolerance)
     if as_json:
         print_json(found.to_json())
     else:

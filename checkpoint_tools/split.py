@@ -107,7 +107,8 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
             check_identity(ffn, experts, partition[layer], layer)
         at = f"layers.{layer}.moe"
         tensors |= {f"{at}.experts.{e}.{name}": w for e, expert in enumerate(experts) for name, w in expert.items()}
-        tensors |= {f"{at}.router.{name}": w for name, w in _gate(config, options, layer, ffn["w_gate"].dtype).items()}
+        gate = new_gate(config, options.num_experts, options.gate, options.seed, layer, ffn["w_gate"].dtype)
+        tensors |= {f"{at}.router.{name}": w for name, w in gate.items()}
     record = {
         **options.about(),
         "intermediate_size": width,
@@ -183,10 +184,12 @@ def _expert(ffn: Mapping[str, Tensor], neurons: np.ndarray) -> dict[str, Tensor]
     return {name: ffn[name][:, index] if name == "w_down" else ffn[name][index] for name in _WEIGHTS}
 
 
-def _gate(config: ModelConfig, options: SplitOptions, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def new_gate(
+    config: ModelConfig, num_experts: int, gate: str, seed: int, layer: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Router weights from N(0, initializer_range), as in LLaMA-MoE v1: (E, D), and (E, E) for an mlp gate."""
-    e, random = options.num_experts, np.random.default_rng([options.seed, _GATE, layer])
-    shapes = {"w_in": (e, config.hidden_size)} | ({"w_out": (e, e)} if options.gate == "mlp" else {})
+    e, random = num_experts, np.random.default_rng([seed, _GATE, layer])
+    shapes = {"w_in": (e, config.hidden_size)} | ({"w_out": (e, e)} if gate == "mlp" else {})
     draws = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
     return {
         name: torch.from_numpy(draw * np.float32(config.initializer_range)).to(dtype) for name, draw in draws.items()

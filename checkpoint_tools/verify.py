@@ -63,7 +63,13 @@ class Verification:
 
 
 def verify(
-    first: Path, second: Path, *, all_experts: bool = False, seed: int = 0, tolerance: float = TOLERANCE
+    first: Path,
+    second: Path,
+    *,
+    all_experts: bool = False,
+    logits_alone: bool = False,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> Verification:
     """Compare two folders, each a Hugging Face model or an engine checkpoint.
 
@@ -72,6 +78,7 @@ def verify(
         second: the folder to compare it with.
         all_experts: run MoE models with every expert on, weight 1, so that a split model can be compared with its dense
             source; FFN entries and routing are then not compared one by one.
+        logits_alone: compare neither settings nor entries.
         seed: of the random tokens.
         tolerance: largest difference of logits, relative to the largest logit.
 
@@ -80,8 +87,9 @@ def verify(
         Fault: a damaged checkpoint, or transformers did not load every weight.
     """
     a, b = (_densified(open_source(folder)) if all_experts else open_source(folder) for folder in (first, second))
-    config = _config_differences(a.config, b.config)
-    missing, extra, different = _entry_differences(a, b, skip=".ffn." if all_experts else None)
+    config = {} if logits_alone else _config_differences(a.config, b.config)
+    skip = ".ffn." if all_experts else None
+    missing, extra, different = ([], [], []) if logits_alone else _entry_differences(a, b, skip=skip)
     entries_same = not (missing or extra or different)
     if a.config.vocab_size != b.config.vocab_size:
         return Verification(False, tolerance, config=config, missing=missing, extra=extra, different=different)
