@@ -228,7 +228,10 @@ def test_neurons_go_where_they_are_needed(assignment: str, dense: Path, tmp_path
         assert experts == [torch.nonzero(wanted_LN[layer] == expert)[:, 0].tolist() for expert in range(12)]
 
 
-def test_scores_that_do_not_fit_are_refused(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_that_do_not_fit_are_refused(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     scores = write_importance(tmp_path / "scores", torch.rand(2, 4, 48))
     out = tmp_path / "moe"
 
@@ -246,7 +249,7 @@ def test_scores_that_do_not_fit_are_refused(dense: Path, tmp_path: Path, capsys:
         (torch.rand(47), "must be a tensor of 48 finite numbers, got (47,)"),
         (torch.full((48,), torch.nan), "finite numbers"),
         ([1.0] * 48, "got list"),
-        (Path("x"), "cannot be read"),  # an object of some class
+        (Harmful(), "cannot be read"),
     ):
         torch.save(value, path)
         refused(sentence)
@@ -254,6 +257,7 @@ def test_scores_that_do_not_fit_are_refused(dense: Path, tmp_path: Path, capsys:
     refused("cannot be read")
     path.unlink()
     refused("there must be one of")
+    assert not (tmp_path / "harmed").exists()
 
 
 BAD_OPTIONS = {
