@@ -150,6 +150,9 @@ def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
     for found in (found for name, found in placed.items() if name.startswith("large")):
         assert f"| {found['ours']['devices']:.3f}, {found['ours']['nodes']:.3f} |" in text
     assert f"{(watched['watch']['ratios']['timed_inside'] - 1):.2%}".replace("%", " % of a step") in text
+    for name, arm in json.loads((ROOT / "benchmarks/results/c2r.json").read_text())["results"]["arms"].items():
+        losses = f"{arm['loss']:.4f} ({arm['loss_min']:.4f}, {arm['loss_max']:.4f})"
+        assert f"| {name} | {losses} | {arm['bytes']:.0f} |" in text
     document = json.loads((ROOT / "benchmarks/results/nodes_predicted.json").read_text())
     for title, one in document["results"].items():
         nodes, rate = title.split(" nodes")[0], title.split(", ")[1]
