@@ -34,7 +34,7 @@ def plain_pickle(data: bytes, path: Path) -> Any:
     try:
         for opcode, argument, _ in pickletools.genops(data):
             # Memory for so many numbers would be made at once.
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > len(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) and argument > len(data):
                 raise ValueError(f"it wants to remember {argument} things")
         return _plain(_Restricted(io.BytesIO(data)).load())
     except _RefusedError as error:
