@@ -2,7 +2,8 @@
 
     python -m benchmarks.construction [--neurons 11008] [--dim 4096] [--experts 16] [--json OUT]
 
-One layer of the shape of LLaMA-2-7B, rows drawn with a seed (a mixture of as many directions as experts, mostly noise):
+One layer of the shape of LLaMA-2-7B, rows drawn with a seed: mostly noise, with as many groups as experts, and nothing
+but noise.
 
     clusters l2, cos    `split --method clustering`, in a process of its own whose peak memory is asked for
     k-means-constrained the library that LLaMA-MoE takes, on the same rows, if it is installed; it knows l2 alone
@@ -28,28 +29,28 @@ from checkpoint_tools.assignment import greedy, optimal
 from checkpoint_tools.balanced_kmeans import balanced_kmeans
 
 
-def rows(neurons: int, dim: int, experts: int) -> Tensor:
-    """Rows of length one."""
+def rows(neurons: int, dim: int, experts: int, signal: float) -> Tensor:
+    """Rows of length one: noise, and `signal` of the direction of a group."""
     draw = torch.Generator().manual_seed(0)
     centre_ED = torch.nn.functional.normalize(torch.randn(experts, dim, generator=draw), dim=1)
     hidden_N = torch.randint(experts, (neurons,), generator=draw)
     noise_ND = torch.nn.functional.normalize(torch.randn(neurons, dim, generator=draw), dim=1)
-    return torch.nn.functional.normalize(0.3 * centre_ED[hidden_N] + noise_ND, dim=1)
+    return torch.nn.functional.normalize(signal * centre_ED[hidden_N] + noise_ND, dim=1)
 
 
-def ours(neurons: int, dim: int, experts: int, metric: str) -> dict[str, float]:
+def ours(neurons: int, dim: int, experts: int, signal: float, metric: str) -> dict[str, float]:
     """Balanced k-means."""
-    x_ND = rows(neurons, dim, experts)
+    x_ND = rows(neurons, dim, experts, signal)
     started = time.perf_counter()
     found = balanced_kmeans(x_ND, experts, metric=metric)  # type: ignore[arg-type]
     return {"seconds": time.perf_counter() - started, "inertia": found.inertia, "steps": found.steps}
 
 
-def theirs(neurons: int, dim: int, experts: int) -> dict[str, float]:
+def theirs(neurons: int, dim: int, experts: int, signal: float) -> dict[str, float]:
     """The library, as LLaMA-MoE calls it but for one start instead of ten."""
     from k_means_constrained import KMeansConstrained
 
-    x_ND = rows(neurons, dim, experts).numpy()
+    x_ND = rows(neurons, dim, experts, signal).numpy()
     size = neurons // experts
     started = time.perf_counter()
     found = KMeansConstrained(experts, size_min=size, size_max=size, n_init=1, random_state=0, tol=1e-4).fit(x_ND)
@@ -87,12 +88,15 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    sizes = args.neurons, args.dim, args.experts
-    results: dict[str, Any] = {f"clusters {metric}": alone(ours, *sizes, metric) for metric in ("l2", "cos")}
-    if importlib.util.find_spec("k_means_constrained") is not None:
-        results["k-means-constrained"] = alone(theirs, *sizes)
-        ratio = results["clusters l2"]["inertia"] / results["k-means-constrained"]["inertia"]
-        results["inertia_vs_library"] = ratio
+    library = importlib.util.find_spec("k_means_constrained") is not None
+    results: dict[str, Any] = {}
+    for title, signal in (("groups", 0.3), ("noise", 0.0)):
+        sizes = args.neurons, args.dim, args.experts, signal
+        found: dict[str, Any] = {f"clusters {metric}": alone(ours, *sizes, metric) for metric in ("l2", "cos")}
+        if library:
+            found["k-means-constrained"] = alone(theirs, *sizes)
+            found["inertia_vs_library"] = found["clusters l2"]["inertia"] / found["k-means-constrained"]["inertia"]
+        results[title] = found
     results["assignment"] = assignments(args.neurons, args.experts)
     setting = {"neurons": args.neurons, "dim": args.dim, "experts": args.experts, "seed": 0}
     write_results(args.json, __doc__.splitlines()[0], setting, results)
