@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.all_to_all import rows_to_send
 from benchmarks.c2r import draw, over_seeds, verdicts
+from benchmarks.construction import assignments, ours
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
 from benchmarks.nodes import gbit
 from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, moved_by, shared_rows, tier_of, to_toml
@@ -163,6 +164,13 @@ def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
     for name, found in step["times"].items():
         spread = [f"{found[key] / 1e3:.2f}" for key in ("median_ms", "min_ms", "max_ms")]
         assert f"| {name} | {spread[0]} ({spread[1]}, {spread[2]}) |" in text
+
+
+def test_construction_is_measured_on_the_same_rows_and_scores() -> None:
+    found = assignments(64, 4)
+    assert found["exact"]["sum_of_scores"] >= found["greedy"]["sum_of_scores"]
+    grouped, noise = (ours(64, 16, 4, signal, "l2")["inertia"] for signal in (0.9, 0.0))
+    assert 0 < grouped < noise
 
 
 def test_a_tier_is_made_of_two_rates() -> None:
