@@ -168,7 +168,7 @@ def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
 
 def test_construction_is_measured_on_the_same_rows_and_scores() -> None:
     found = assignments(64, 4)
-    assert found["exact"]["sum_of_scores"] >= found["greedy"]["sum_of_scores"]
+    assert found["exact"]["sum_of_scores"] >= found["greedy"]["sum_of_scores"] - 1e-6  # added up in another order
     grouped, noise = (ours(640, 64, 4, signal, "l2")["inertia"] for signal in (2.0, 0.0))
     assert 0 < grouped < noise < 640  # rows have length one
 
