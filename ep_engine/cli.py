@@ -257,11 +257,12 @@ def simulate_command(
 
     from ep_engine.cluster import read_cluster
     from ep_engine.config import load_config
-    from ep_engine.what_if import compare, print_comparison, variants
+    from ep_engine.simulate import simulate
+    from ep_engine.what_if import print_comparison, variants
 
     config = load_config(run, overrides or [])
     there = read_cluster(cluster).changed(nodes, network_gbit)
-    found = compare(variants(config, rule or [], placement or [], profile), there, trace)
+    found = [simulate(one, there, trace) for one in variants(config, rule or [], placement or [], profile)]
     if as_json:
         print_json({"cluster": there.model_dump(), "cases": found})
     else:

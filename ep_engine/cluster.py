@@ -25,17 +25,19 @@
     [validated]                    # where predictions have been compared with measurements
     nodes = [2, 4]
     network_gbit_per_s = [0.1, 1.0]
+    hidden_size = [512, 512]
+    rules = ["topk", "c2r", "c2r_grouped"]
     mean_error = 0.08
 
 A byte takes 1 / (share * nominal) for the link and 1 / software for the processors that send and receive it.
 """
 
-import tomllib
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from ep_engine.config import read_toml
 from ep_engine.errors import UserError
 from ep_engine.model_config import first_sentence
 
@@ -87,6 +89,8 @@ class Validated(_Part):
 
     nodes: tuple[int, int]
     network_gbit_per_s: tuple[float, float]
+    hidden_size: tuple[int, int]
+    rules: tuple[str, ...]
     mean_error: FiniteFloat = Field(ge=0)
 
 
@@ -139,13 +143,7 @@ class Cluster(_Part):
 
 def read_cluster(path: Path) -> Cluster:
     """Read a cluster's file; UserError with the first thing that is wrong with it."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cluster {path} cannot be read ({error.strerror}); give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"cluster {path} is no TOML ({error}); correct it") from None
-    return make_cluster(raw, f"cluster {path}")
+    return make_cluster(read_toml(path, "cluster"), f"cluster {path}")
 
 
 def make_cluster(raw: dict[str, object], where: str) -> Cluster:

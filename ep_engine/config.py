@@ -233,15 +233,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or no TOML, a key is unknown or missing, or a value is out of range.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"run file {path} cannot be read ({error.strerror}); give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"run file {path} is no TOML ({error}); correct it") from None
+    raw = read_toml(path, "run file")
     for override in overrides:
         _apply(raw, override)
     return make_config(raw, str(path))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """What a TOML file holds; UserError, which names `what` it is, if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}); give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is no TOML ({error}); correct it") from None
 
 
 def make_config(raw: dict[str, Any], where: str) -> RunConfig:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ep_engine import work
 from ep_engine.cluster import Cluster, Kind
-from ep_engine.config import RunConfig
+from ep_engine.config import RunConfig, differing
 from ep_engine.dense_traffic import dense_traffic
 from ep_engine.errors import UserError
 from ep_engine.expert_traffic import ExpertTraffic, Groups, count_traffic, thin, transport_of
@@ -35,6 +35,17 @@ _KIND_OF: dict[str, Kind] = {
     "reduce_gradients": "reduce",
     "tensor_parallel": "gather",
     "pipeline": "rows",
+}
+# What changes a step and had its default wherever predictions were compared.
+_AT_DEFAULT = {
+    "train": {"dtype", "micro_batches", "recompute"},
+    "parallel": {
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "expert_tensor_parallel_size",
+        "reshard_after_forward",
+    },
+    "moe": {"fp8_dispatch", "fixed_rows"},
 }
 
 
@@ -73,7 +84,7 @@ def simulate(config: RunConfig, cluster: Cluster, trace: Path) -> dict[str, Any]
     sent = Ledger()
     for ledger in case.traffic.ledgers.values():
         sent.add(ledger)
-    reasons = _not_validated(config, cluster)
+    reasons = _not_validated(config, cluster, case.layout.model)
     return {
         "cluster": cluster.name,
         "ranks": cluster.devices,
@@ -264,7 +275,7 @@ def _rule_of(model: ModelConfig) -> str:
     return " ".join([routing.rule, *(f"{name}={sizes[name]}" for name in read)])
 
 
-def _not_validated(config: RunConfig, cluster: Cluster) -> list[str]:
+def _not_validated(config: RunConfig, cluster: Cluster, model: ModelConfig) -> list[str]:
     """Why a prediction lies outside of what has been compared with measurements."""
     range_ = cluster.validated
     if range_ is None:
@@ -275,10 +286,19 @@ def _not_validated(config: RunConfig, cluster: Cluster) -> list[str]:
     low, high = range_.network_gbit_per_s
     if cluster.network is not None and not low <= cluster.network.gbit_per_s <= high:
         reasons.append(f"a network of {cluster.network.gbit_per_s:g} Gbit/s, compared were {low:g} to {high:g}")
-    parallel = config.parallel
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "expert_tensor_parallel_size"):
-        if getattr(parallel, name) > 1:
-            reasons.append(f"parallel.{name} {getattr(parallel, name)}, compared was 1")
+    if not range_.hidden_size[0] <= model.hidden_size <= range_.hidden_size[1]:
+        reasons.append(
+            f"a width of {model.hidden_size}, compared were {range_.hidden_size[0]} to {range_.hidden_size[1]}"
+        )
+    assert model.moe is not None, "the caller has asked"
+    if model.moe.routing.rule not in range_.rules:
+        reasons.append(f"rule {model.moe.routing.rule}, compared were {', '.join(range_.rules)}")
+    for section, names in _AT_DEFAULT.items():
+        of = getattr(config, section)
+        for name in (name for name in differing(of) if name in names):
+            reasons.append(f"{section}.{name} {getattr(of, name)}, compared was {type(of).model_fields[name].default}")
     if cluster.devices_per_node > 1:
         reasons.append(f"{cluster.devices_per_node} devices a node, compared was 1")
+    if cluster.devices != config.parallel.expert_parallel_size:
+        reasons.append(f"several copies of an expert on {cluster.devices} devices, compared was one")
     return reasons

@@ -7,10 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ep_engine.cluster import Cluster
 from ep_engine.config import RunConfig, make_config
 from ep_engine.errors import UserError
-from ep_engine.simulate import simulate
 
 _FORMS = "topk, group_limited:GROUPS:M, c2r:T or c2r_grouped:T:M"
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -51,11 +49,6 @@ def _section(rule: str, profile: Path | None) -> dict[str, Any]:
         raise UserError(f"--rule {rule} is none of {_FORMS}; write one of them")
     lists = {"profile": profile} if name.startswith("c2r") else {}
     return {"rule": name, **lists, **dict(zip(_KEYS[name], map(int, sizes), strict=True))}
-
-
-def compare(configs: Iterator[RunConfig], cluster: Cluster, trace: Path) -> list[dict[str, Any]]:
-    """Simulate each."""
-    return [simulate(config, cluster, trace) for config in configs]
 
 
 def print_comparison(found: list[dict[str, Any]], console: Console) -> None:

@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ep_engine import checkpoint, reference
-from ep_engine.cli import app
 from ep_engine.collaboration import read_profile
 from ep_engine.collaboration_report import describe_collaboration
-from ep_engine.command_line import exit_with_sentence
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model import Decoder
 from ep_engine.model_config import read_model_config
@@ -35,21 +32,6 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`run("place", ...)` is `ep-engine place ...` in this process: exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ep-engine", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            exit_with_sentence(app)
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 def profile_arguments(files: Path, out: Path, *more: object) -> tuple[object, ...]:

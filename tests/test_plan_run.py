@@ -1,7 +1,6 @@
 """`ep-engine plan`: what it prints and refuses; its groups against a job's, its dense traffic against a step's."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ep_engine.cli import app
 from ep_engine.collaboration import read_profile
-from ep_engine.command_line import exit_with_sentence
 from ep_engine.config import RunConfig
 from ep_engine.ledger import DIRECTIONS, TIERS
 from ep_engine.memory import KINDS
@@ -37,22 +34,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`run("plan", ...)` is `ep-engine plan ...` in this process: exit status, stdout and stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ep-engine", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            exit_with_sentence(app)
-        out, err = capsys.readouterr()
-        return int(stopped.value.code or 0), out, err
-
-    return call
 
 
 FOUR = ("parallel.expert_parallel_size=2", "parallel.tensor_parallel_size=2", "--ranks", 4)

@@ -1,7 +1,6 @@
 """`ep-engine simulate`: by hand on round rates of links and devices, its counts against torch, and what it refuses."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ep_engine import work
 from ep_engine.activations import Part
 from ep_engine.attention import Rotary
-from ep_engine.cli import app
 from ep_engine.cluster import Cluster, make_cluster, read_cluster
-from ep_engine.command_line import exit_with_sentence
 from ep_engine.config import RunConfig
 from ep_engine.errors import UserError
 from ep_engine.expert_traffic import Groups, Passed
@@ -31,6 +28,7 @@ from ep_engine.what_if import variants
 from tests.run_cases import moe_folder, small_run
 from tests.small_models import moe_checkpoint, routing_tables
 
+Command = Callable[..., tuple[int, str, str]]
 FOLDER = Path(__file__).parent.parent / "launch" / "clusters"
 CLUSTERS = {path.stem: path for path in FOLDER.glob("*.toml")}
 MODELLED = ["h200-ib", "h200-efa", "pcie-workstation"]
@@ -224,16 +222,18 @@ def test_modelled_clusters_say_that_nothing_was_validated(name: str, folder: Pat
         ]
 
 
-def test_measured_nodes_say_how_far_off_predictions_were(folder: Path) -> None:
+def test_measured_nodes_say_how_far_off_predictions_were() -> None:
     cluster = read_cluster(CLUSTERS["emulated-2-nodes"])
-    found = simulate(run_of(folder), cluster, folder / "trace.npz")
-    assert (cluster.origin, found["validated"]) == ("measured", True)
-    assert 0 < found["mean_error"] < 0.15
+    assert cluster.origin == "measured"
+    assert cluster.validated is not None
+    assert 0 < cluster.validated.mean_error < 0.15
     assert set(CLUSTERS) == {*MODELLED, "emulated-2-nodes"}
 
 
 def test_outside_of_the_validated_range_a_prediction_says_so(folder: Path) -> None:
-    validated = {"nodes": (2, 4), "network_gbit_per_s": (0.001, 0.1), "mean_error": 0.07}
+    rules = ("topk", "c2r")
+    validated = {"nodes": (2, 4), "network_gbit_per_s": (0.001, 0.1), "hidden_size": (32, 32), "rules": rules}
+    validated |= {"mean_error": 0.07}
     cluster = cluster_of(validated=validated)
     config = run_of(folder)
     inside = simulate(config, cluster, folder / "trace.npz")
@@ -246,23 +246,18 @@ def test_outside_of_the_validated_range_a_prediction_says_so(folder: Path) -> No
         "a network of 1 Gbit/s, compared were 0.001 to 0.1",
         "parallel.tensor_parallel_size 2, compared was 1",
     ]
-
-
-def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["ep-engine", "simulate", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        exit_with_sentence(app)
-    out, err = capsys.readouterr()
-    return int(stopped.value.code or 0), out, err
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    return lambda *arguments: command(capsys, monkeypatch, *arguments)
+    other = run_of(folder, train={"dtype": "bfloat16", "recompute": "full"}, moe={"fp8_dispatch": True})
+    (limited,) = variants(other, ["group_limited:2:1"], [], None)
+    wide = cluster_of(validated={**validated, "hidden_size": (512, 1024)})
+    assert simulate(limited, wide, folder / "trace.npz")["not_validated"] == [
+        "a width of 32, compared were 512 to 1024",
+        "rule group_limited, compared were topk, c2r",
+        "train.dtype bfloat16, compared was float32",
+        "train.recompute full, compared was none",
+        "moe.fp8_dispatch True, compared was False",
+    ]
+    copies = simulate(run_of(folder, data={"batch_size": 8}), cluster.changed(4, None), folder / "trace.npz")
+    assert copies["not_validated"] == ["several copies of an expert on 4 devices, compared was one"]
 
 
 @pytest.fixture(scope="module")
@@ -276,15 +271,15 @@ def run_file(folder: Path) -> Path:
     return path
 
 
-def test_the_command_shows_cases_side_by_side(call: Any, folder: Path, run_file: Path) -> None:
+def test_the_command_shows_cases_side_by_side(run: Command, folder: Path, run_file: Path) -> None:
     words = [folder / "trace.npz", "--run", run_file, "--cluster", CLUSTERS["h200-ib"]]
-    status, out, err = call(*words, "--rule", "topk", "--rule", "c2r:3", "--profile", folder / "own.npz")
+    status, out, err = run("simulate", *words, "--rule", "topk", "--rule", "c2r:3", "--profile", folder / "own.npz")
     assert (status, err) == (0, "")
     assert "c2r T=3" in out
     assert out.count("not validated") == 2
-    status, out, _ = call(*words)
+    status, out, _ = run("simulate", *words)
     assert "busiest rank" in out
-    status, out, _ = call(*words, "--json", "--nodes", 1, "data.batch_size=8")
+    status, out, _ = run("simulate", *words, "--json", "--nodes", 1, "data.batch_size=8")
     found = json.loads(out)
     assert (found["cluster"]["nodes"], found["cases"][0]["ranks"]) == (1, 8)
     assert not found["cases"][0]["validated"]
@@ -301,11 +296,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_mistake_is_one_sentence(name: str, call: Any, folder: Path, run_file: Path) -> None:
+def test_a_mistake_is_one_sentence(name: str, run: Command, folder: Path, run_file: Path) -> None:
     more, sentence = REFUSED[name]
     given = ["--cluster", CLUSTERS["h200-ib"]] if "--cluster" not in more else []
-    status, out, err = call(
-        folder / "trace.npz", "--run", run_file, *given, *(word.format(folder=folder) for word in more)
+    status, out, err = run(
+        "simulate", folder / "trace.npz", "--run", run_file, *given, *(word.format(folder=folder) for word in more)
     )
     assert (status, out) == (2, "")
     assert sentence.format(folder=folder) in err
