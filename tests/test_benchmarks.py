@@ -142,6 +142,20 @@ def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
         json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())["results"]
         for name in ("placement", "watch", "train_step")
     )
+    measured = (
+        "placement",
+        "placement_trained",
+        "watch",
+        "train_step",
+        "c2r",
+        "nodes_predicted",
+        "construction",
+        "scaling_gpus",
+    )
+    for name in measured:
+        commit = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())["commit"]
+        command = text[text.index(f"results/{name}.json") :]
+        assert re.match(rf"results/{name}.json[^`]*`\s+at\s+{commit}", command), (name, commit)
     noisy = [found for name, found in placed.items() if name.startswith("noisy")]
     assert len(noisy) == 8
     for found in noisy:
