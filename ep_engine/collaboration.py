@@ -20,6 +20,11 @@ from ep_engine.output import whole_file
 UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
+def why_unreadable(error: BaseException) -> str:
+    """What is wrong with a file, without numpy's advice to read unsafely what it does not know."""
+    return "it is no .npz of numbers" if "allow_pickle" in str(error) else str(error)
+
+
 @dataclass(frozen=True)
 class Profile:
     """What `ep-engine profile` counted.
@@ -70,7 +75,9 @@ def read_profile(path: Path) -> Profile:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except UNREADABLE as error:
-        raise UserError(f"profile {path} cannot be read ({error}); make one with `ep-engine profile`") from None
+        raise UserError(
+            f"profile {path} cannot be read ({why_unreadable(error)}); make one with `ep-engine profile`"
+        ) from None
     missing = [name for name in ("counts", "load", "top_k") if name not in arrays]
     if missing:
         raise UserError(f"profile {path} has no array {missing[0]}; make it with `ep-engine profile`")

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ep_engine.collaboration import UNREADABLE, read_profile
+from ep_engine.collaboration import UNREADABLE, read_profile, why_unreadable
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig
 from ep_engine.output import whole_file
@@ -117,7 +117,9 @@ def _array(path: Path, name: str = "ids") -> Tensor | None:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             found = file.get(name)
     except UNREADABLE as error:
-        raise UserError(f"trace {path} cannot be read ({error}); give an .npz with `ids` (L, T, K)") from None
+        raise UserError(
+            f"trace {path} cannot be read ({why_unreadable(error)}); give an .npz with `ids` (L, T, K)"
+        ) from None
     return None if found is None else torch.from_numpy(np.ascontiguousarray(found))
 
 

@@ -103,6 +103,12 @@ def test_profile_with_wrong_arrays_is_refused(name: str, tmp_path: Path) -> None
         read_profile(path)
 
 
+def test_text_is_no_profile_and_nobody_is_told_to_trust_it(tmp_path: Path) -> None:
+    (tmp_path / "profile.npz").write_text("some words")
+    with pytest.raises(UserError, match=r"cannot be read \(it is no .npz of numbers\); make one with"):
+        read_profile(tmp_path / "profile.npz")
+
+
 def _cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
