@@ -27,7 +27,6 @@ Objective = Literal["pairs", "distinct-devices"]
 LOAD_CAP = 1.1
 NODE_WEIGHT = 8  # links between servers of 8 GPUs carry about an eighth of those inside: 50 beside 450 GB/s
 _ROUNDING = 1e-6  # tokens; loads are whole, what a cap allows is not
-_ROOMS = 32  # at most so many rooms are tried for the smallest cap, which share the time of one search
 
 
 def place(
@@ -223,7 +222,7 @@ def search_layer(
     found = within(math.floor(load_cap * mean + _ROUNDING))
     if found.excess == 0:
         return found, load_cap
-    room = least_room(of.load_E, devices, replace(effort, seconds=effort.seconds / _ROOMS))
+    room = least_room(of.load_E, devices, replace(effort, seconds=math.inf))
     return within(room), room / mean
 
 

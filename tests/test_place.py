@@ -312,10 +312,6 @@ def test_devices_of_tokens_need_the_tokens() -> None:
 def test_a_time_limit_ends_the_search_and_is_said() -> None:
     _, found = place(random_profile(2, 64, 0), 8, time_limit=0.0)
     assert found["cut_short"] == [0, 1]
-    started = time.perf_counter()
-    _, found = place(random_profile(2, 64, 0), 8, load_cap=1.0, time_limit=0.2)  # which cannot be held
-    assert found["other_caps"]
-    assert time.perf_counter() - started < 5
     _, found = place(random_profile(2, 64, 0), 8, time_limit=60.0)
     assert found["cut_short"] == []
 
