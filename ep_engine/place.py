@@ -222,6 +222,7 @@ def search_layer(
     found = within(math.floor(load_cap * mean + _ROUNDING))
     if found.excess == 0:
         return found, load_cap
+    # Whatever the limit: that the cap is the smallest is promised, and this search looks for nothing else.
     room = least_room(of.load_E, devices, replace(effort, seconds=math.inf))
     return within(room), room / mean
 
