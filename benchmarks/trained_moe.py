@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import on_ranks
-from ep_engine.checkpoint import newest, write_model
+from ep_engine.checkpoint import newest
 from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, make_config
 from ep_engine.entries import Shard, expected_entries
@@ -22,6 +22,7 @@ from ep_engine.resolve import resolve
 from ep_engine.routing_trace import save_trace
 from ep_engine.tokens import TokenFile
 from ep_engine.trainer import train
+from ep_engine.whole_model import write_model
 
 SEQUENCE = 512
 VOCABULARY = 4096

@@ -5,20 +5,26 @@ from typing import Annotated, Literal
 
 import typer
 
+from checkpoint_tools.conversion import Conversion, How
 from ep_engine.command_line import print_json
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig
+from ep_engine.output import check_output_folder
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, help=__doc__)
 
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
 Out = Annotated[Path, typer.Argument(help="folder to write")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with what an interrupted run left")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="write nothing; say what it would need")]
+Check = Annotated[
+    bool, typer.Option("--check-logits/--no-check-logits", help="run source and output, which costs a second reading")
+]
+Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 Method = Literal["random", "clustering", "gradient", "published"]
 Metric = Literal["l2", "cos"]
 Projection = Literal["up_proj", "gate_proj"]
 Assignment = Literal["optimal", "greedy", "shared"]
-Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
 @app.command("inspect")
@@ -40,19 +46,43 @@ def inspect_command(folder: Folder, as_json: Json = False) -> None:
 
 
 @app.command("convert")
-def convert_command(source: Folder, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+def convert_command(
+    source: Folder,
+    out: Out,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    check_logits: Check = True,
+    as_json: Json = False,
+) -> None:
     """Turn a Hugging Face folder into an engine checkpoint."""
-    from checkpoint_tools.convert import convert
+    from checkpoint_tools import convert
 
-    _report_written(out, convert(source, out, overwrite=overwrite), as_json)
+    check_output_folder(out, overwrite=overwrite)
+    _run(convert.prepare(source, out), How(overwrite, resume, check_logits), dry_run, as_json)
 
 
 @app.command("export")
-def export_command(source: Folder, out: Out, overwrite: Overwrite = False, as_json: Json = False) -> None:
+def export_command(
+    source: Folder,
+    out: Out,
+    family: Annotated[str | None, typer.Option(help="to which family [the one it came from]")] = None,
+    c2r: Annotated[
+        bool, typer.Option("--c2r", help="with our modeling file, which runs constrained routing in transformers")
+    ] = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    check_logits: Check = True,
+    as_json: Json = False,
+) -> None:
     """Turn an engine checkpoint into a Hugging Face folder."""
-    from checkpoint_tools.export import export
+    from checkpoint_tools import export
 
-    _report_written(out, export(source, out, overwrite=overwrite), as_json)
+    check_output_folder(out, overwrite=overwrite)
+    _run(
+        export.prepare(source, out, family=family, our_code=c2r), How(overwrite, resume, check_logits), dry_run, as_json
+    )
 
 
 @app.command("split")
@@ -73,10 +103,14 @@ def split_command(
         float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")
     ] = None,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    check_logits: Check = True,
     as_json: Json = False,
 ) -> None:
     """Split the FFNs of a dense model into experts; all experts together are the dense model, which is checked."""
-    from checkpoint_tools.split import SplitOptions, split
+    from checkpoint_tools import split
+    from checkpoint_tools.partition import PartitionOptions
 
     given = {
         "metric": metric != "l2",
@@ -97,10 +131,10 @@ def split_command(
         raise UserError("--method gradient needs --importance, the folder of scores; give it")
     if method == "published" and files is None:
         raise UserError("--method published needs --files, the folder of split files; give it")
-    options = SplitOptions(
-        num_experts, top_k, seed, gate, score_scale, method, metric, on, files, importance, assignment
-    )
-    _report_written(out, split(source, out, options, overwrite=overwrite), as_json)
+    check_output_folder(out, overwrite=overwrite)
+    partition = PartitionOptions(method, metric, on, files, importance, assignment)
+    options = split.SplitOptions(num_experts, top_k, seed, gate, score_scale, partition)
+    _run(split.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
 
 
 @app.command("upcycle")
@@ -110,16 +144,50 @@ def upcycle_command(
     num_experts: Annotated[int, typer.Option(min=1, help="experts per layer")],
     top_k: Annotated[int, typer.Option(min=1, help="experts per token")],
     granularity: Annotated[int, typer.Option(min=1, help="slices that an FFN is cut into before it is copied")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="of the router's weights")] = 0,
-    gate: Annotated[str, typer.Option(help="router: linear or mlp")] = "linear",
+    start_layer: Annotated[int, typer.Option(min=0, help="first layer with experts")] = 0,
+    layer_step: Annotated[int, typer.Option(min=1, help="from one layer with experts to the next")] = 1,
+    gate: Annotated[Literal["linear", "mlp", "mlp_gelu", "cosine"], typer.Option(help="router")] = "linear",
+    gate_hidden_size: Annotated[int, typer.Option(min=0, help="inside of gates mlp_gelu and cosine [256]")] = 0,
+    gate_init: Annotated[Literal["random", "zero"], typer.Option(help="weights of the router")] = "random",
+    score: Annotated[
+        Literal["softmax_of_chosen", "softmax"], typer.Option(help="combine weights, over the chosen or all experts")
+    ] = "softmax_of_chosen",
+    scale: Annotated[
+        Literal["none", "w_down", "cube-root"], typer.Option(help="of --score softmax: what makes up for its small sum")
+    ] = "w_down",
+    noise: Annotated[float, typer.Option(min=0, help="added to experts, relative to a matrix's deviation")] = 0.0,
+    drop: Annotated[float, typer.Option(min=0, max=1, help="share of an expert's neurons that begin anew")] = 0.0,
+    residual: Annotated[
+        bool, typer.Option("--residual", help="keep the FFN beside experts that add nothing at first")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="of the router's weights, noise and fresh neurons")] = 0,
     overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    check_logits: Check = True,
     as_json: Json = False,
 ) -> None:
-    """Copy the FFNs of a dense model into experts; the model computes the same at first."""
-    from checkpoint_tools.upcycle import UpcycleOptions, upcycle
+    """Copy the FFNs of a dense model into experts; the model computes the same at first, or the gap is told."""
+    from checkpoint_tools import upcycle
 
-    options = UpcycleOptions(num_experts, top_k, granularity, seed, gate)
-    _report_written(out, upcycle(source, out, options, overwrite=overwrite), as_json)
+    check_output_folder(out, overwrite=overwrite)
+    options = upcycle.UpcycleOptions(
+        num_experts=num_experts,
+        top_k=top_k,
+        granularity=granularity,
+        seed=seed,
+        gate=gate,
+        gate_hidden_size=gate_hidden_size,
+        gate_init=gate_init,
+        score=score,
+        scale=scale,
+        start_layer=start_layer,
+        layer_step=layer_step,
+        noise=noise,
+        drop=drop,
+        residual=residual,
+    )
+    _run(upcycle.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
 
 
 @app.command("verify")
@@ -148,9 +216,27 @@ def verify_command(
         raise typer.Exit(1)
 
 
-def _report_written(out: Path, model: ModelConfig, as_json: bool) -> None:
+def _run(conversion: Conversion, how: How, dry_run: bool, as_json: bool) -> None:
+    if dry_run:
+        need = conversion.estimate()
+        if as_json:
+            print_json(need.to_json())
+            return
+        typer.echo(
+            f"{conversion.out} would have {need.output_bytes / 2**30:.2f} GiB ({need.free_bytes / 2**30:.2f} GiB are "
+            f"free), written in about {need.seconds:.0f} s with at most {need.memory_bytes / 2**30:.2f} GiB of memory"
+        )
+        return
+    gap = conversion.run(how)
+    model = conversion.model
     if as_json:
-        print_json({"written": str(out), "model": model.model_dump(exclude={"carried"})})
-    else:
-        experts = f"{model.moe.num_experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
-        typer.echo(f"wrote {out}: {model.num_layers} layers, {experts}")
+        found = {"written": str(conversion.out), "model": model.model_dump(exclude={"carried"})}
+        print_json(found | {"logit_gap": None if gap is None else gap.max_abs_diff})
+        return
+    experts = f"{model.moe.num_experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
+    typer.echo(f"wrote {conversion.out}: {model.num_layers} layers, {experts}")
+    if gap is not None and gap.first_difference is not None:
+        typer.echo(
+            f"logits differ from those of the source by up to {gap.max_abs_diff:.3g} (logits up to "
+            f"{gap.logit_scale:.3g})"
+        )

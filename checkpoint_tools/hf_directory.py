@@ -21,7 +21,7 @@ from ep_engine.errors import UserError
 
 # In transformers' order of preference.
 _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Shard:
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype | str]  # or the name of one that the engine does not have
     tensor: Callable[[str], Tensor]
 
 
@@ -45,15 +46,19 @@ class HFDirectory:
         """Shape of a tensor, from the header alone."""
         return self.shard_of[key].shapes[key]
 
-    def tensor(self, key: str) -> Tensor:
-        """A tensor in the dtype of the file, memory-mapped; UserError if that is no floating dtype of the engine."""
-        tensor = self.shard_of[key].tensor(key)
-        if tensor.dtype not in _DTYPES:
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor, from the header alone; UserError if it is no floating dtype of the engine."""
+        dtype = self.shard_of[key].dtypes[key]
+        if not isinstance(dtype, torch.dtype):
             raise UserError(
-                f"{key} in {self.shard_of[key].path} has dtype {tensor.dtype}, expected one of "
-                f"{', '.join(str(dtype) for dtype in _DTYPES)}; convert an unquantised copy of the model"
+                f"{key} in {self.shard_of[key].path} has dtype {dtype}, expected one of "
+                f"{', '.join(str(dtype) for dtype in _DTYPES.values())}; convert an unquantised copy of the model"
             )
-        return tensor
+        return dtype
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor in the dtype of the file, memory-mapped."""
+        return self.shard_of[key].tensor(key)
 
 
 def open_hf_directory(folder: Path) -> HFDirectory:
@@ -122,10 +127,12 @@ def _open_shard(path: Path) -> Shard:
 def _open_safetensors(path: Path) -> Shard:
     try:
         file: Any = safe_open(path, framework="pt")  # its stubs are not typed
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+        dtypes = {key: _DTYPES.get(part.get_dtype(), part.get_dtype()) for key, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is truncated or damaged ({error}); copy it again") from None
-    return Shard(path, shapes, file.get_tensor)
+    return Shard(path, shapes, dtypes, file.get_tensor)
 
 
 def _open_pickled(path: Path) -> Shard:
@@ -138,4 +145,6 @@ def _open_pickled(path: Path) -> Shard:
         ) from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} must hold a dictionary of tensors by name; save the model's state_dict")
-    return Shard(path, {key: tuple(tensor.shape) for key, tensor in state.items()}, state.__getitem__)
+    known = _DTYPES.values()
+    dtypes = {key: tensor.dtype if tensor.dtype in known else str(tensor.dtype) for key, tensor in state.items()}
+    return Shard(path, {key: tuple(tensor.shape) for key, tensor in state.items()}, dtypes, state.__getitem__)

@@ -49,11 +49,14 @@ def inspect(folder: Path) -> Inspection:
         Fault: an entry of an engine checkpoint does not have the checksum it was saved with.
     """
     model = open_source(folder)
+    known = model.tensors.deferred
     entries = {
-        name: Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), f"{checksum(tensor):016x}")
-        for name, tensor in track(list(model.tensors.items()), "reading weights")
+        name: Entry(
+            known[name].shape, str(known[name].dtype).removeprefix("torch."), f"{checksum(model.tensors[name]):016x}"
+        )
+        for name in track(list(known), "reading weights")
     }
-    sizes = {name: tensor.numel() for name, tensor in model.tensors.items()}
+    sizes = {name: one.num_elements for name, one in known.items()}
     total = sum(sizes.values())
     idle = 0
     if model.config.moe is not None:
@@ -66,6 +69,6 @@ def inspect(folder: Path) -> Inspection:
         config=model.config,
         num_parameters=total,
         num_active_parameters=total - idle,
-        num_bytes=sum(tensor.nbytes for tensor in model.tensors.values()),
+        num_bytes=sum(one.num_bytes for one in known.values()),
         entries=entries,
     )

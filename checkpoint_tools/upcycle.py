@@ -5,26 +5,36 @@ each (virtual groups, arXiv:2410.07524): expert r * G + i is slice i in group r.
 group, so a token chooses whole groups, each expert with 1 / G of its group's weight, which a factor G on the combine
 weights undoes: with weights that add up to 1 the layer is the dense FFN, exactly.
 
+Where weights are those of a softmax over all experts they add up to about K / E, and a factor E G / K on the experts
+themselves undoes that: of w_down alone, exact where all scores are equal, or its cube root of all three matrices, as
+Megatron-LM has it.
+
 Shapes: N hidden width of the FFN, D model dim, E experts, F = N / G, R = E / G groups.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from checkpoint_tools.conversion import How, ToCheckpoint
+from checkpoint_tools.gates import in_groups, new_gate
 from checkpoint_tools.source import check_apart, open_source
-from checkpoint_tools.split import check_identity, new_gate
-from ep_engine.checkpoint import write_model
+from checkpoint_tools.split import WEIGHTS
+from checkpoint_tools.verify import TOLERANCE
+from ep_engine.deferred import Deferred, Tensors
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, first_sentence
-from ep_engine.output import check_output_folder
-from ep_engine.progress import track
 
-_WEIGHTS = ("w_gate", "w_up", "w_down")
+Gate = Literal["linear", "mlp", "mlp_gelu", "cosine"]
+Scale = Literal["none", "w_down", "cube-root"]
+
+_NOISE, _DROP = 2, 3  # streams of random numbers, beside those of partitions and gates
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,27 @@ class UpcycleOptions:
     top_k: int
     granularity: int = 1
     seed: int = 0
-    gate: str = "linear"  # or `mlp`
+    gate: Gate = "linear"
+    gate_hidden_size: int = 0  # of the gates mlp_gelu and cosine; 0: 256
+    gate_init: Literal["random", "zero"] = "random"
+    score: Literal["softmax_of_chosen", "softmax"] = "softmax_of_chosen"
+    scale: Scale = "w_down"  # of experts, where the score is `softmax`
+    start_layer: int = 0  # the first with experts
+    layer_step: int = 1  # from one with experts to the next
+    noise: float = 0.0  # added to the experts, relative to the standard deviation of each matrix
+    drop: float = 0.0  # share of an expert's neurons that begin anew (Drop-Upcycling, arXiv:2502.19261)
+    residual: bool = False  # the FFN stays beside experts that add nothing at first (arXiv:2201.05596)
 
 
 def upcycle(source: Path, out: Path, options: UpcycleOptions, *, overwrite: bool = False) -> ModelConfig:
-    """Copy every FFN into experts and write an engine checkpoint.
+    """Write what `prepare` prepares; returns what was written."""
+    conversion = prepare(source, out, options)
+    conversion.run(How(overwrite=overwrite))
+    return conversion.model
+
+
+def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
+    """Copy FFNs into experts: an engine checkpoint.
 
     Experts are views of the dense weights until they are written, one by one.
 
@@ -47,36 +73,100 @@ def upcycle(source: Path, out: Path, options: UpcycleOptions, *, overwrite: bool
         source: dense Hugging Face folder or engine checkpoint.
         out: checkpoint to write.
         options: granularity divides the FFN width, num_experts and top_k.
-        overwrite: replace `out` if it is a non-empty folder.
 
     Raises:
-        UserError: the model is a MoE already or has FFN biases, the sizes do not fit, or `out` exists.
-        Fault: the slices of a group together are not the dense FFN.
+        UserError: the model is a MoE already or has FFN biases, the sizes do not fit, or options have no effect.
     """
     check_apart(source, out)
-    check_output_folder(out, overwrite=overwrite)
     model = open_source(source)
     config = _moe_config(model.config, options)
-    width, size = model.config.intermediate_size, options.granularity
-    slices = np.array_split(np.arange(width), size)
-    tensors = {name: tensor for name, tensor in model.tensors.items() if ".ffn." not in name}
-    for layer in track(range(config.num_layers), "copying layers"):
-        ffn = {name: model.tensors[f"layers.{layer}.ffn.{name}.weight"] for name in _WEIGHTS}
-        parts = [_slice(ffn, int(neurons[0]), len(neurons)) for neurons in slices]
-        check_identity(ffn, parts, slices, layer)
-        at = f"layers.{layer}.moe"
+    moe = config.moe
+    assert moe is not None, "it was just made"
+    kept, whole = model.tensors.deferred, model.hashed()
+    deferred = {name: one for name, one in kept.items() if ".ffn." not in name}
+    for layer in range(config.num_layers):
+        ffn = {name: f"layers.{layer}.ffn.{name}.weight" for name in WEIGHTS}
+        if layer in config.dense_layers:
+            deferred |= {entry: kept[entry] for entry in ffn.values()}
+            continue
+        at, dtype = f"layers.{layer}.moe", kept[ffn["w_gate"]].dtype
+        gate = in_groups(new_gate(config, moe, options.seed, layer, dtype), options.granularity)
+        if options.gate_init == "zero":
+            last = "w_out" if "w_out" in gate else "w_in"
+            gate[last] = torch.zeros_like(gate[last])
+        deferred |= {f"{at}.router.{name}": Deferred.of(weight) for name, weight in gate.items()}
+        if options.residual:
+            deferred[f"{at}.residual.gate.weight"] = Deferred.of(torch.zeros(1, config.hidden_size, dtype=dtype))
+            deferred |= {f"{at}.residual.each.0.{name}.weight": kept[entry] for name, entry in ffn.items()}
         for expert in range(options.num_experts):
-            tensors |= {f"{at}.experts.{expert}.{name}": w for name, w in parts[expert % size].items()}
-        gate = new_gate(config, options.num_experts, options.gate, options.seed, layer, ffn["w_gate"].dtype)
-        last = "w_out" if options.gate == "mlp" else "w_in"  # whose rows are the logits'
-        gate[last] = gate[last][: options.num_experts // size].repeat_interleave(size, dim=0)
-        tensors |= {f"{at}.router.{name}": w for name, w in gate.items()}
-    write_model(out, config, tensors, source=source, overwrite=overwrite)
-    return config
+            for name, entry in ffn.items():
+                d, f = config.hidden_size, moe.expert_hidden_size
+                make = _maker(whole, entry, name, options, layer, expert)
+                shape = (d, f) if name == "w_down" else (f, d)
+                deferred[f"{at}.experts.{expert}.{name}"] = Deferred(shape, dtype, make)
+    tensors = Tensors(deferred)
+    return ToCheckpoint(
+        source=model,
+        out=out,
+        tool="upcycle",
+        options=asdict(options),
+        config=config,
+        tensors=lambda _: tensors,
+        compare=TOLERANCE if _preserves(options) else None,
+    )
 
 
-def _slice(ffn: dict[str, Tensor], first: int, size: int) -> dict[str, Tensor]:
-    return {name: w.narrow(1 if name == "w_down" else 0, first, size) for name, w in ffn.items()}
+def _preserves(options: UpcycleOptions) -> bool:
+    """Whether the model computes the same at first."""
+    if options.residual:
+        return True
+    uniform = options.gate_init == "zero" and options.scale == "w_down"
+    return not options.noise and not options.drop and (options.score == "softmax_of_chosen" or uniform)
+
+
+def _maker(
+    whole: Tensors, entry: str, name: str, options: UpcycleOptions, layer: int, expert: int
+) -> Callable[[], Tensor]:
+    def make() -> Tensor:
+        dense = whole[entry]
+        dim = 1 if name == "w_down" else 0
+        part = dense.chunk(options.granularity, dim=dim)[expert % options.granularity]
+        if options.noise or options.drop:
+            part = _changed(part, dim, options, [layer, expert, WEIGHTS.index(name)])
+        if name == "w_down" and options.residual:
+            return torch.zeros_like(part)
+        factor = _factor(options, name)
+        return part if factor == 1.0 else (part.float() * factor).to(part.dtype)
+
+    return make
+
+
+def _factor(options: UpcycleOptions, name: str) -> float:
+    """On a matrix of an expert, so that softmax over all experts does not make the layer small."""
+    if options.score == "softmax_of_chosen" or options.scale == "none":
+        return 1.0
+    whole = options.num_experts * options.granularity / options.top_k
+    if options.scale == "cube-root":
+        return whole ** (1 / 3)
+    return whole if name == "w_down" else 1.0
+
+
+def _changed(part: Tensor, dim: int, options: UpcycleOptions, at: list[int]) -> Tensor:
+    """With noise, and with some of the expert's neurons drawn anew from the spread of the matrix."""
+    wide = part.float()
+    spread = float(wide.std())
+    if options.noise:
+        noise = np.random.default_rng([options.seed, _NOISE, *at]).standard_normal(wide.shape, dtype=np.float32)
+        wide = wide + options.noise * spread * torch.from_numpy(noise)
+    if options.drop:
+        # The same neurons of all three matrices.
+        size = wide.shape[dim]
+        chosen = np.random.default_rng([options.seed, _DROP, *at[:2]]).permutation(size)[: round(options.drop * size)]
+        index = torch.from_numpy(chosen)
+        shape = [len(index) if axis == dim else n for axis, n in enumerate(wide.shape)]
+        fresh = np.random.default_rng([options.seed, _DROP, *at, 1]).standard_normal(shape, dtype=np.float32)
+        wide = wide.index_copy(dim, index, float(wide.mean()) + spread * torch.from_numpy(fresh))
+    return wide.to(part.dtype)
 
 
 def _moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
@@ -85,28 +175,53 @@ def _moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
         raise UserError(f"the model has {dense.moe.num_experts} experts per layer already; upcycle takes a dense model")
     if dense.mlp_bias:
         raise UserError("the FFNs have biases (mlp_bias is true), which experts have not; upcycle takes FFNs without")
-    size = options.granularity
-    wanted: dict[str, Any] = {
-        "the FFN width": dense.intermediate_size,
-        "--num-experts": options.num_experts,
-        "--top-k": options.top_k,
-    }
+    size, width = options.granularity, dense.intermediate_size
+    wanted = {"the FFN width": width, "--num-experts": options.num_experts, "--top-k": options.top_k}
     for name, value in wanted.items():
         if value % size:
             raise UserError(
                 f"--granularity ({size}) must divide {name} ({value}), so that tokens choose whole groups of slices; "
                 "correct one"
             )
+    if options.start_layer >= dense.num_layers:
+        raise UserError(
+            f"--start-layer ({options.start_layer}) must be below the model's layers ({dense.num_layers}), or no layer "
+            "gets experts; choose a smaller one"
+        )
+    given = options.gate_hidden_size
+    needs_inside = options.gate in ("mlp_gelu", "cosine")
+    if given and not needs_inside:
+        raise UserError(f"--gate-hidden-size ({given}) has no effect on --gate {options.gate}; leave it out")
+    if options.gate_init == "zero" and options.gate == "cosine":
+        raise UserError(
+            "--gate-init zero is not for --gate cosine: nothing has no direction; its logits are at most 1 at first"
+        )
+    renormalised = options.score == "softmax_of_chosen"
+    if renormalised and options.scale != "w_down":
+        raise UserError(
+            f"--scale {options.scale} has no effect on --score softmax_of_chosen, whose weights add up to 1; leave it "
+            "out"
+        )
     try:
         moe = MoEConfig(
             num_experts=options.num_experts,
             top_k=options.top_k,
-            expert_hidden_size=dense.intermediate_size // size,
-            gate=options.gate,  # type: ignore[arg-type]  # pydantic checks it
-            score_scale=float(size),
+            expert_hidden_size=width // size,
+            gate=options.gate,
+            gate_hidden_size=(given or 256) if needs_inside else 0,
+            score=options.score,
+            score_scale=float(size) if renormalised else 1.0,
+            residual_experts=int(options.residual),
+            residual_hidden_size=width if options.residual else 0,
         )
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
-    # As in LLaMA-MoE's config.json, to which it is exported: that of all experts.
-    total = moe.num_experts * moe.expert_hidden_size
-    return dense.model_copy(update={"moe": moe, "intermediate_size": total})
+    sparse = set(range(options.start_layer, dense.num_layers, options.layer_step))
+    changed: dict[str, Any] = {
+        "moe": moe,
+        "family": None,
+        "dense_layers": {layer: width for layer in range(dense.num_layers) if layer not in sparse},
+        # As in LLaMA-MoE's config.json, to which it is exported: that of all experts.
+        "intermediate_size": moe.num_experts * moe.expert_hidden_size + moe.residual_hidden_size,
+    }
+    return dense.model_copy(update=changed)

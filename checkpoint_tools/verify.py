@@ -1,18 +1,23 @@
 """Whether two model folders hold the same model: same entries by checksum, same logits on random tokens.
 
-Every folder is run by its own code: a Hugging Face folder by transformers (a MoE one by our modeling file), an engine
-checkpoint by the engine. Where logits differ, the first layer whose output differs is named.
+Every folder is run by its own code: a Hugging Face folder by transformers where transformers knows the family (a MoE
+one of ours by our modeling file) and the model fits into memory, all else layer by layer (forward.py). Where logits
+differ, the first layer whose output differs is named.
 """
 
+import logging
 import reprlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+from checkpoint_tools import forward
 from checkpoint_tools.source import Source, open_source
 from ep_engine.checksum import checksum
 from ep_engine.errors import Fault
@@ -22,7 +27,9 @@ from ep_engine.progress import track
 # fp32, relative to the largest logit: the two sides may sum in another order.
 TOLERANCE = 1e-5
 _BATCH, _LENGTH = 2, 64
-_UNCOMPARED = {"carried", "initializer_range", "moe"}  # they change no logit; the MoE part is compared by itself
+_UNCOMPARED = {"carried", "family", "initializer_range", "moe"}  # they change no logit; the MoE part is compared itself
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,15 @@ class Verification:
         return [*found, "same model" if self.same else "not the same model"]
 
 
+@dataclass(frozen=True)
+class LogitGap:
+    """How far the outputs of two models are apart."""
+
+    max_abs_diff: float
+    logit_scale: float  # largest absolute logit of the first
+    first_difference: str | None  # None: within the tolerance, all of them or at least the logits
+
+
 def verify(
     first: Path,
     second: Path,
@@ -86,42 +102,49 @@ def verify(
         UserError: a folder is no complete model.
         Fault: a damaged checkpoint, or transformers did not load every weight.
     """
-    a, b = (_densified(open_source(folder)) if all_experts else open_source(folder) for folder in (first, second))
-    config = {} if logits_alone else _config_differences(a.config, b.config)
-    skip = ".ffn." if all_experts else None
-    missing, extra, different = ([], [], []) if logits_alone else _entry_differences(a, b, skip=skip)
+    a, b = open_source(first), open_source(second)
+    config = {} if logits_alone else _config_differences(a.config, b.config, all_experts=all_experts)
+    missing, extra, different = ([], [], []) if logits_alone else _entry_differences(a, b, all_experts=all_experts)
     entries_same = not (missing or extra or different)
     if a.config.vocab_size != b.config.vocab_size:
         return Verification(False, tolerance, config=config, missing=missing, extra=extra, different=different)
-    length = min(_LENGTH, a.config.max_position_embeddings, b.config.max_position_embeddings)
-    tokens = torch.randint(a.config.vocab_size, (_BATCH, length), generator=torch.Generator().manual_seed(seed))
-    outputs_a, outputs_b = (_outputs(source, tokens) for source in (a, b))
+    tokens = random_tokens(a.config, b.config, seed)
+    outputs = [_outputs(source, tokens, all_experts=all_experts) for source in (a, b)]
+    gap = compare_outputs(*outputs, tolerance)
+    same = gap.first_difference is None and entries_same and not config
+    return Verification(
+        same, tolerance, gap.max_abs_diff, gap.logit_scale, gap.first_difference, config, missing, extra, different
+    )
+
+
+def random_tokens(a: ModelConfig, b: ModelConfig, seed: int) -> Tensor:
+    """Ids (B, S) that both models know, for as many positions as both have."""
+    length = min(_LENGTH, a.max_position_embeddings, b.max_position_embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(min(a.vocab_size, b.vocab_size), (_BATCH, length), generator=generator)
+
+
+def compare_outputs(a: Iterator[tuple[str, Tensor]], b: Iterator[tuple[str, Tensor]], tolerance: float) -> LogitGap:
+    """Run two models and compare what they put out."""
+    outputs_a, outputs_b = dict(a), dict(b)  # a few tokens of every layer
     gap, scale = _gap(outputs_a["logits"], outputs_b["logits"])
-    close = gap <= tolerance * scale
-    where = None if close else _first_difference(outputs_a, outputs_b, tolerance)
-    same = close and entries_same and not config
-    return Verification(same, tolerance, gap, scale, where, config, missing, extra, different)
+    if gap <= tolerance * scale:
+        return LogitGap(gap, scale, None)
+    for name in outputs_a:
+        if name in outputs_b:
+            of_part, scale_of_part = _gap(outputs_a[name], outputs_b[name])
+            if not of_part <= tolerance * scale_of_part:
+                return LogitGap(gap, scale, name)
+    return LogitGap(gap, scale, "logits")
 
 
-def _densified(source: Source) -> Source:
-    """A MoE model with all experts on is a dense model: experts side by side, in order of their ids."""
-    moe = source.config.moe
-    if moe is None:
-        return source
-    tensors = {name: tensor for name, tensor in source.tensors.items() if ".moe." not in name}
-    for layer in range(source.config.num_layers):
-        for name in ("w_gate", "w_up", "w_down"):
-            experts = [source.tensors[f"layers.{layer}.moe.experts.{e}.{name}"] for e in range(moe.num_experts)]
-            tensors[f"layers.{layer}.ffn.{name}.weight"] = torch.cat(experts, dim=1 if name == "w_down" else 0)
-    width = moe.num_experts * moe.expert_hidden_size
-    config = source.config.model_copy(update={"moe": None, "intermediate_size": width})
-    return Source(source.folder, "engine", None, config, tensors)
-
-
-def _config_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def _config_differences(a: ModelConfig, b: ModelConfig, *, all_experts: bool) -> dict[str, tuple[Any, Any]]:
     """Settings that change the model and differ."""
-    pairs = {name: (getattr(a, name), getattr(b, name)) for name in ModelConfig.model_fields if name not in _UNCOMPARED}
-    if a.moe is not None and b.moe is not None:
+    skipped = _UNCOMPARED | ({"intermediate_size", "dense_layers"} if all_experts else set())
+    pairs = {name: (getattr(a, name), getattr(b, name)) for name in ModelConfig.model_fields if name not in skipped}
+    if all_experts:
+        pairs["the width of all experts together"] = (_width(a), _width(b))
+    elif a.moe is not None and b.moe is not None:
         parts = {"moe": (a.moe, b.moe), "moe.routing": (a.moe.routing, b.moe.routing)}
         for at, (x, y) in parts.items():
             names = [name for name in type(x).model_fields if name != "routing"]
@@ -131,58 +154,68 @@ def _config_differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, 
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _entry_differences(a: Source, b: Source, *, skip: str | None) -> tuple[list[str], list[str], list[str]]:
+def _width(config: ModelConfig) -> int:
+    return config.intermediate_size if config.moe is None else config.moe.num_experts * config.moe.expert_hidden_size
+
+
+def _entry_differences(a: Source, b: Source, *, all_experts: bool) -> tuple[list[str], list[str], list[str]]:
     """Names of entries only in `a`, only in `b`, and in both but not the same."""
-    names_a, names_b = ([name for name in s.tensors if skip is None or skip not in name] for s in (a, b))
-    both = [name for name in names_a if name in b.tensors]
+    own = (".ffn.", ".moe.") if all_experts else ()
+    names_a, names_b = ([name for name in s.tensors if not any(part in name for part in own)] for s in (a, b))
+    both = [name for name in names_a if name in b.tensors.deferred]
     different = [name for name in track(both, "comparing weights") if not _same_bits(a.tensors[name], b.tensors[name])]
-    missing = [name for name in names_a if name not in b.tensors]
-    return missing, [name for name in names_b if name not in a.tensors], different
+    missing = [name for name in names_a if name not in b.tensors.deferred]
+    return missing, [name for name in names_b if name not in a.tensors.deferred], different
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and checksum(a) == checksum(b)
 
 
-def _outputs(source: Source, tokens: Tensor) -> dict[str, Tensor]:
+def _outputs(source: Source, tokens: Tensor, *, all_experts: bool) -> Iterator[tuple[str, Tensor]]:
     """fp32 outputs by place, in order: `embedding`, `layer 0` ..., `logits`."""
-    model, stack = _engine_model(source) if source.family is None else _transformers_model(source)
-    outputs: dict[str, Tensor] = {}
+    moe = source.config.moe is not None
+    if source.family is None or source.family.transformers_class is None or (all_experts and moe):
+        return forward.outputs(source.config, source.tensors, tokens, all_experts=all_experts)
+    num_bytes = 4 * sum(deferred.num_elements for deferred in source.tensors.deferred.values())
+    free = psutil.virtual_memory().available
+    if num_bytes > free // 2:
+        _log.warning(
+            "%s has %.1f GiB of weights in float32, %.1f GiB of memory are free: it is run layer by layer, not by "
+            "transformers",
+            source.folder, num_bytes / 2**30, free / 2**30,
+        )  # fmt: skip
+        return forward.outputs(source.config, source.tensors, tokens)
+    return _transformers_outputs(source, source.family.transformers_class, tokens)
+
+
+def _transformers_outputs(source: Source, class_name: str, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    model, stack = _transformers_model(source, class_name)
+    found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
+            found[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
     def keep_input(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        outputs["embedding"] = args[0] if args else kwargs["hidden_states"]
+        found["embedding"] = args[0] if args else kwargs["hidden_states"]
 
     stack[0].register_forward_pre_hook(keep_input, with_kwargs=True)
     for i, layer in enumerate(stack):
         layer.register_forward_hook(keep(f"layer {i}"))
     with torch.no_grad():
-        output = model(tokens)
-    return {**outputs, "logits": output if isinstance(output, torch.Tensor) else output.logits}
+        found["logits"] = model(tokens).logits
+    return iter(found.items())
 
 
-def _engine_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:
-    from ep_engine.model import Decoder
-    from ep_engine.parallelize import entries_of
-
-    model = Decoder(source.config).float().eval()
-    for name, shard in entries_of([model]).items():
-        shard.tensor.copy_(source.tensors[name])
-    return model, nn.ModuleList(model.layers.values())
-
-
-def _transformers_model(source: Source) -> tuple[nn.Module, nn.ModuleList]:
+def _transformers_model(source: Source, class_name: str) -> tuple[nn.Module, nn.ModuleList]:
     import transformers
 
-    assert source.family is not None, "the engine runs its own checkpoints"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    module, _, name = source.family.transformers_class.partition(":")
+    module, _, name = class_name.partition(":")
     model_class = getattr(import_module(module), name)
     model, info = model_class.from_pretrained(source.folder, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
@@ -199,12 +232,3 @@ def _gap(a: Tensor, b: Tensor) -> tuple[float, float]:
     if a.shape != b.shape:
         return float("inf"), float(a.abs().max())
     return float((a - b).abs().nan_to_num(nan=float("inf")).max()), float(a.abs().max())
-
-
-def _first_difference(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> str:
-    for name in a:
-        if name in b:
-            gap, scale = _gap(a[name], b[name])
-            if gap > tolerance * scale:
-                return name
-    return "logits"

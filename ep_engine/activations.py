@@ -98,16 +98,17 @@ class Part:
         """The input of a norm: kept by it in float32; in 16 bits only its widened copy is."""
         return self.hidden if self.itemsize == _FLOAT else 0
 
-    def layer(self, passed: Passed | None) -> Kept:
+    def layer(self, index: int, passed: Passed | None) -> Kept:
         """What one pass of a layer keeps if nothing is computed again; `passed` is what came to its experts."""
         both = Kept(residual=2 * self.residual(), attention=self.norm() + self._attention())
-        if self.model.moe is None:
-            inside = self.tokens * self.model.intermediate_size // self.tp * self.itemsize
+        moe = self.model.moe_of(index)
+        if moe is None:
+            inside = self.tokens * self.model.dense_size(index) // self.tp * self.itemsize
             ffn = self.norm() + self.hidden * self.tp + 4 * inside  # gate, its silu, up, and their product
             later = self._linear_grads() + 3 * inside
             return replace(both, ffn=ffn, working=3 * inside, for_weights=later)
         assert passed is not None, "a MoE layer has been passed"
-        return self._moe(both, self.model.moe, passed)
+        return self._moe(both, moe, passed)
 
     def _attention(self) -> int:
         model, data = self.model, self.config.data
@@ -115,15 +116,22 @@ class Part:
         per_token = self.hidden * self.tp // self.tokens + (2 * heads + 2 * shared) * self.itemsize
         sums = model.num_heads // self.tp * _FLOAT
         tables = 4 * data.sequence_length * model.head_dim * self.itemsize if self.itemsize < _FLOAT else 0
-        mask = self.rows * data.sequence_length**2 * self.itemsize if data.separate_documents else 0
-        return self.tokens * (per_token + sums) + tables + mask
+        window = model.sliding_window or data.sequence_length
+        masks = self.rows if data.separate_documents else int(window < data.sequence_length)
+        mask = masks * data.sequence_length**2 * self.itemsize
+        normed = 0
+        if model.qk_norm is not None:  # queries and keys before and after, and a root for each that is normed
+            roots = (model.num_heads + model.num_kv_heads) // self.tp if model.qk_norm == "head" else 2
+            normed = (heads + shared) * (_FLOAT + self.itemsize) + roots * _FLOAT
+        return self.tokens * (per_token + sums + normed) + tables + mask
 
     def _moe(self, both: Kept, moe: MoEConfig, passed: Passed) -> Kept:
         parallel, travel = self.config.parallel, self.config.moe
         parts = parallel.expert_tensor_parallel_size
         ranks, per_copy = parallel.expert_parallel_size * parts, travel.combine == "per_expert"
         tokens, d, c = self.tokens // self.tp, self.model.hidden_size, self.itemsize
-        scores = (3 if moe.gate == "mlp" else 2) * moe.num_experts * _FLOAT + moe.top_k * (_FLOAT + _LONG)
+        inside_gate = 0 if moe.gate == "linear" else (moe.gate_hidden_size or moe.num_experts)
+        scores = (2 * moe.num_experts + inside_gate) * _FLOAT + moe.top_k * (_FLOAT + _LONG)
         columns = moe.top_k * parts if per_copy else min(moe.top_k * parts, ranks)
         plan = columns * (3 + 2 * passed.width) * _INT
         wide = self.hidden // c * _FLOAT  # what the router reads
@@ -137,7 +145,7 @@ class Part:
         # A GPU does not know on the host how many copies there are.
         copies = passed.rows * passed.width if parallel.device == "cuda" else passed.copies
         width = moe.expert_hidden_size // parts
-        inside = self.tokens * moe.shared_hidden_size // self.tp * c
+        inside = self.tokens * moe.beside_hidden_size // self.tp * c
         shared = 4 * inside + (self.hidden * self.tp if inside and self.tp > 1 else 0)
         gated = self.hidden + 2 * tokens * c if moe.shared_gate else 0
         tables = tokens * (scores + plan) + passed.rows * passed.width * 2 * (_FLOAT + _INT)

@@ -1,4 +1,4 @@
-"""Attention: causal, grouped queries, rotary positions, and documents in one row that do not see each other.
+"""Attention: causal, grouped queries, rotary positions, a window, and documents in one row that do not see each other.
 
 Shape letters:  B rows   S positions   D model dim   H heads   G key/value heads   d dim of a head   N documents
 """
@@ -11,39 +11,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ep_engine.model_config import ModelConfig
+from ep_engine.norm import RMSNorm
 
 
-class Rotary:
-    """The rotary table of a model, which its layers share; made anew for another length."""
+class Positions:
+    """The rotary table and the window of a model, which its layers share; made anew for another length."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._made: tuple[int, torch.device, tuple[Tensor, Tensor]] | None = None
+        self._table: tuple[int, torch.device, tuple[Tensor, Tensor]] | None = None
+        self._window: tuple[torch.Size, torch.device, Tensor | None] | None = None
 
     def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosines and sines, see `rotary_table`."""
-        if self._made is None or self._made[:2] != (length, device):
-            self._made = length, device, rotary_table(self._config, length, device)
-        return self._made[2]
+        if self._table is None or self._table[:2] != (length, device):
+            self._table = length, device, rotary_table(self._config, length, device)
+        return self._table[2]
+
+    def window(self, rows: int, length: int, device: torch.device) -> Tensor | None:
+        """What `keep_apart` gives for rows of one document each; None if the window, if any, is as long as they are."""
+        width, shape = self._config.sliding_window, torch.Size((rows if device.type == "cuda" else 1, length))
+        if width is None or width >= length:
+            return None
+        if self._window is None or self._window[:2] != (shape, device):
+            self._window = shape, device, keep_apart(torch.zeros(shape, dtype=torch.int64, device=device), width)
+        return self._window[2]
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary positions; queries and keys may be normed."""
 
-    def __init__(self, config: ModelConfig, rotary: Rotary) -> None:
+    def __init__(self, config: ModelConfig, positions: Positions) -> None:
         super().__init__()
-        d, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.head_dim, self.rotary = head_dim, rotary
-        self.w_q = nn.Linear(d, config.num_heads * head_dim, bias=bias)
-        self.w_k = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
-        self.w_v = nn.Linear(d, config.num_kv_heads * head_dim, bias=bias)
-        self.w_o = nn.Linear(config.num_heads * head_dim, d, bias=bias)
+        d, head_dim, bias = config.hidden_size, config.head_dim, bool(config.attention_bias)
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self.head_dim, self.positions, self.window = head_dim, positions, config.sliding_window
+        self.w_q = nn.Linear(d, q_size, bias=bias)
+        self.w_k = nn.Linear(d, kv_size, bias=bias)
+        self.w_v = nn.Linear(d, kv_size, bias=bias)
+        self.w_o = nn.Linear(q_size, d, bias=config.attention_bias is True)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm is not None:
+            each = config.qk_norm == "head"
+            self.q_norm = RMSNorm(head_dim if each else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim if each else kv_size, config.rms_norm_eps)
 
     def forward(self, x_BSD: Tensor, apart: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, D); `apart` from `keep_apart`, None: a row is one document."""
-        q, k, v = (self._heads(w(x_BSD)) for w in (self.w_q, self.w_k, self.w_v))
-        cos_sin = self.rotary.table(q.shape[2], q.device)
-        y_BHSd = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, apart)
+        q, k, v = (w(x_BSD) for w in (self.w_q, self.w_k, self.w_v))
+        if self.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (self._heads(x) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        length = q.shape[2]
+        cos_sin = self.positions.table(length, q.device)
+        if apart is None:
+            apart = self.positions.window(len(q), length, q.device)
+        y_BHSd = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, apart, self.window)
         out: Tensor = self.w_o(y_BHSd.transpose(1, 2).flatten(2))
         return out
 
@@ -52,11 +77,12 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
-def keep_apart(documents_BS: Tensor) -> Tensor:
-    """What `attend` needs so that a token sees only its own document.
+def keep_apart(documents_BS: Tensor, window: int | None = None) -> Tensor:
+    """What `attend` needs so that a token sees only its own document, and no more of it than a window.
 
     Args:
         documents_BS: integers that differ between documents that follow each other in a row.
+        window: positions that a token sees, itself among them; None: all before it.
 
     Returns:
         On CPU who sees whom, (B, 1, S, S) bool; on a GPU where documents begin among all B * S tokens, and the end,
@@ -66,11 +92,12 @@ def keep_apart(documents_BS: Tensor) -> Tensor:
         begins = documents_BS.diff(dim=1, prepend=documents_BS[:, :1] - 1) != 0
         ends = torch.tensor([documents_BS.numel()], device=documents_BS.device)
         return torch.cat((begins.flatten().nonzero().flatten(), ends)).int()
-    return (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril().unsqueeze(1)
+    seen_BSS = (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril()
+    return (seen_BSS if window is None else seen_BSS.triu(1 - window)).unsqueeze(1)
 
 
-def attend(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, apart: Tensor | None) -> Tensor:
-    """Causal attention, (B, H, S, d); heads in groups share keys and values."""
+def attend(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, apart: Tensor | None, window: int | None = None) -> Tensor:
+    """Causal attention, (B, H, S, d); heads in groups share keys and values. `apart` is from `keep_apart`."""
     shared = q_BHSd.shape[1] != k_BGSd.shape[1]
     if apart is None:
         return F.scaled_dot_product_attention(q_BHSd, k_BGSd, v_BGSd, is_causal=True, enable_gqa=shared)
@@ -80,7 +107,8 @@ def attend(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, apart: Tensor | None)
 
     rows, _, length, _ = q_BHSd.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSd))
-    y = varlen_attn(q, k, v, apart, apart, length, length, window_size=(-1, 0), enable_gqa=shared)
+    before = -1 if window is None else window - 1
+    y = varlen_attn(q, k, v, apart, apart, length, length, window_size=(before, 0), enable_gqa=shared)
     assert isinstance(y, Tensor), "nothing else was asked for"
     return y.view(rows, length, *y.shape[1:]).transpose(1, 2)
 

@@ -21,14 +21,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ep_engine import checksum
-from ep_engine.entries import Shard, expected_entries
+from ep_engine.entries import Shard
 from ep_engine.errors import Fault, UserError
-from ep_engine.model_config import ModelConfig, read_model_config
+from ep_engine.model_config import ModelConfig
 from ep_engine.output import begin_folder, finish_folder, remove_folder, reported_disk_errors
+from ep_engine.version import VERSION
 
 FORMAT_VERSION = 1
 
@@ -73,7 +73,7 @@ def save(
     def write() -> None:
         _save_weights(draft / "weights", entries, group)
         if leader:
-            _save_words(draft, config, sums, training or {}, source)
+            save_words(draft, config, sums, training=training or {}, source=source)
 
     draft = _together(lambda: begin_folder(folder, overwrite=overwrite) if leader else folder, folder, group)
     try:
@@ -136,14 +136,23 @@ def _plain_words(group: dist.ProcessGroup | None) -> Iterator[None]:
         raise cause from error
 
 
-def _save_words(
-    folder: Path, config: ModelConfig, sums: Mapping[str, int], training: Mapping[str, Any], source: Path | None
+def save_words(
+    folder: Path,
+    config: ModelConfig,
+    sums: Mapping[str, int],
+    *,
+    training: Mapping[str, Any],
+    source: Path | None,
+    made: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write all of a checkpoint but its weights; `made` is what the manifest says beside of how it came about."""
     (folder / "model.json").write_text(config.model_dump_json(indent=1))
     manifest = {
         "format_version": FORMAT_VERSION,
         "command": sys.argv,
+        "version": VERSION,
         "torch": torch.__version__,
+        **(made or {}),
         "training": dict(training),
         "checksums": {name: f"{value:016x}" for name, value in sorted(sums.items())},
     }
@@ -169,7 +178,12 @@ def tokenizer_folder(source: Path | None) -> Path | None:
 def hash_of_model(folder: Path) -> str:
     """sha256 over the checksums of all weights of a checkpoint."""
     sums = read_manifest(folder)["checksums"]
-    weights = sorted(f"{name} {value}" for name, value in sums.items() if "/" not in name)
+    return hash_of_checksums({name: int(value, 16) for name, value in sums.items() if "/" not in name})
+
+
+def hash_of_checksums(sums: Mapping[str, int]) -> str:
+    """sha256 over names and checksums."""
+    weights = sorted(f"{name} {value:016x}" for name, value in sums.items())
     return hashlib.sha256("\n".join(weights).encode()).hexdigest()
 
 
@@ -249,54 +263,19 @@ def _check_shapes(folder: Path, entries: Mapping[str, Shard]) -> None:
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a checkpoint, from its index alone."""
-    entries = _read_metadata(folder).state_dict_metadata.items()
-    return {name: tuple(entry.size) for name, entry in entries if isinstance(entry, dcp.metadata.TensorStorageMetadata)}
+    return {name: tuple(entry.size) for name, entry in tensors_in(read_metadata(folder)).items()}
 
 
-def _read_metadata(folder: Path) -> dcp.metadata.Metadata:
+def tensors_in(metadata: dcp.metadata.Metadata) -> dict[str, dcp.metadata.TensorStorageMetadata]:
+    """What the index of a checkpoint says of its tensors."""
+    entries = metadata.state_dict_metadata.items()
+    return {name: entry for name, entry in entries if isinstance(entry, dcp.metadata.TensorStorageMetadata)}
+
+
+def read_metadata(folder: Path) -> dcp.metadata.Metadata:
     try:
         return dcp.FileSystemReader(folder / "weights").read_metadata()
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(
             f"{folder} holds no complete engine checkpoint ({error}); make one with checkpoint_tools"
         ) from None
-
-
-def write_model(
-    folder: Path,
-    config: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    *,
-    source: Path | None = None,
-    overwrite: bool = False,
-) -> None:
-    """Write whole tensors, one per name of `expected_entries`, as a checkpoint, from a single process.
-
-    Raises:
-        UserError: a tensor is missing, unknown or has the wrong shape: nothing is dropped without a word.
-    """
-    expected = expected_entries(config)
-    for name in expected.keys() ^ tensors.keys():
-        kind = "is missing" if name in expected else "is not known to the model"
-        raise UserError(f"tensor {name} {kind} ({len(tensors)} given, {len(expected)} expected); nothing was written")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{name} has shape {tuple(tensors[name].shape)}, model.json says {shape}; nothing was written"
-            )
-    entries = {name: Shard(tensors[name], tensors[name], 0) for name in expected}
-    save(folder, config, entries, source=source, overwrite=overwrite)
-
-
-def read_model(folder: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """The configuration and every weight of a checkpoint, checksums verified, in a single process."""
-    config = read_model_config(folder / "model.json")
-    dtypes = {
-        name: entry.properties.dtype
-        for name, entry in _read_metadata(folder).state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
-    shapes = expected_entries(config)
-    tensors = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
-    load(folder, {name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()})
-    return config, iter(tensors.items())

@@ -57,7 +57,7 @@ def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -
                 f"routing.max_devices ({most}) is more than the placement's {placement.devices} "
                 "devices; choose fewer, or the rule c2r"
             )
-        devices = [placement.device_of_expert(layer) for layer in range(model.num_layers)]
+        devices = [placement.device_of_expert(layer) for layer in range(len(model.moe_layers()))]
         tables = tables.model_copy(update={"max_devices": routing.max_devices, "device_of_expert": devices})
     try:
         return ModelConfig(**{**model.model_dump(), "moe": {**model.moe.model_dump(), "routing": tables.model_dump()}})
@@ -66,7 +66,7 @@ def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -
 
 
 def in_no_list(model: ModelConfig) -> dict[int, list[int]]:
-    """By layer, the experts that are among the first T collaborators of nobody: they serve only tokens whose first
+    """By MoE layer, the experts that are among the first T collaborators of nobody: they serve only tokens whose first
     choice they are.
     """
     found = {}
@@ -106,10 +106,11 @@ def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]]
 
 def _check_shape(path: Path, shape: tuple[int, ...], model: ModelConfig) -> None:
     assert model.moe is not None, "the caller has asked"
-    if shape != (model.num_layers, model.moe.num_experts):
+    num_layers, num_experts = len(model.moe_layers()), model.moe.num_experts
+    if shape != (num_layers, num_experts):
         raise UserError(
-            f"routing.profile {path} has {shape[0]} layers of {shape[1]} experts, the model {model.num_layers} of "
-            f"{model.moe.num_experts}; profile this model"
+            f"routing.profile {path} has {shape[0]} layers of {shape[1]} experts, the model {num_layers} of "
+            f"{num_experts}; profile this model"
         )
 
 

@@ -43,13 +43,16 @@ def dense_traffic(step: Step, groups: Groups) -> dict[str, dict[str, int]]:
 
 def _exchanges_of_sequence(step: Step) -> int:
     """How often a part's hidden states are gathered along the sequence, or summed and scattered; there and back."""
-    moe, recompute = step.model.moe, step.config.train.recompute
-    dense = moe is None or moe.shared_hidden_size > 0  # whether there is a dense FFN, if only beside experts
-    per_layer = 8 if dense else 4
-    if recompute == "selective":
-        per_layer += 2 if dense and moe is not None else 1  # what attention and the shared expert read
-    elif recompute == "full":
-        per_layer += 3 if dense else 2  # all but the last, after which nothing is kept
-    layers = sum(len(weights.layers) for weights in step.weights.values())
+    layers = (layer for weights in step.weights.values() for layer in weights.layers)
     ends = (0 in step.weights) + (step.stages.last in step.weights)
-    return per_layer * layers + 2 * ends
+    return sum(_exchanges_of_layer(step, layer) for layer in layers) + 2 * ends
+
+
+def _exchanges_of_layer(step: Step, layer: int) -> int:
+    moe, recompute = step.model.moe_of(layer), step.config.train.recompute
+    # Each FFN that is no part of the experts, if only beside them, reads all of the sequence, as attention does.
+    dense = 1 if moe is None else int(moe.shared_hidden_size > 0) + moe.residual_experts
+    if recompute == "selective":
+        return 4 + 4 * dense + 1 + (dense if moe is not None else 0)  # what attention and those beside experts read
+    # Computed again: all but the last, after which nothing is kept.
+    return 4 + 4 * dense + (2 + dense if recompute == "full" else 0)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ep_engine.model_config import ModelConfig
+from ep_engine.model_config import ModelConfig, MoEConfig
 
 
 def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -23,20 +23,12 @@ def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for i in range(config.num_layers):
         at = f"layers.{i}"
         entries |= {f"{at}.attention_norm.weight": (d,), f"{at}.ffn_norm.weight": (d,)}
-        entries |= _linears(f"{at}.attention", _attention_shapes(config), bias=config.attention_bias)
-        if config.moe is None:
-            entries |= _linears(f"{at}.ffn", _ffn_shapes(d, config.intermediate_size), bias=config.mlp_bias)
-            continue
-        e, f = config.moe.num_experts, config.moe.expert_hidden_size
-        entries[f"{at}.moe.router.w_in"] = (e, d)
-        if config.moe.gate == "mlp":
-            entries[f"{at}.moe.router.w_out"] = (e, e)
-        if config.moe.shared_hidden_size:
-            entries |= _linears(f"{at}.moe.shared", _ffn_shapes(d, config.moe.shared_hidden_size), bias=False)
-        if config.moe.shared_gate:
-            entries[f"{at}.moe.shared_gate.weight"] = (1, d)
-        for expert in range(e):
-            entries |= {f"{at}.moe.experts.{expert}.{name}": shape for name, shape in _ffn_shapes(d, f).items()}
+        entries |= _attention_entries(f"{at}.attention", config)
+        moe = config.moe_of(i)
+        if moe is None:
+            entries |= _linears(f"{at}.ffn", _ffn_shapes(d, config.dense_size(i)), bias=config.mlp_bias)
+        else:
+            entries |= _moe_entries(f"{at}.moe", moe, d)
     entries["norm.weight"] = (d,)
     if not config.tie_embeddings:
         entries["head.weight"] = (v, d)
@@ -47,9 +39,39 @@ def _ffn_shapes(d: int, f: int) -> dict[str, tuple[int, int]]:
     return {"w_gate": (f, d), "w_up": (f, d), "w_down": (d, f)}
 
 
-def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+def _attention_entries(at: str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     d, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {"w_q": (q, d), "w_k": (kv, d), "w_v": (kv, d), "w_o": (d, q)}
+    entries = _linears(at, {"w_q": (q, d), "w_k": (kv, d), "w_v": (kv, d)}, bias=bool(config.attention_bias))
+    entries |= _linears(at, {"w_o": (d, q)}, bias=config.attention_bias is True)
+    if config.qk_norm is not None:
+        each = config.qk_norm == "head"
+        entries[f"{at}.q_norm.weight"] = (config.head_dim if each else q,)
+        entries[f"{at}.k_norm.weight"] = (config.head_dim if each else kv,)
+    return entries
+
+
+def _moe_entries(at: str, moe: MoEConfig, d: int) -> dict[str, tuple[int, ...]]:
+    e, f, inside = moe.num_experts, moe.expert_hidden_size, moe.gate_hidden_size or moe.num_experts
+    entries: dict[str, tuple[int, ...]] = {f"{at}.router.w_in": (inside, d)}
+    if moe.gate != "linear":
+        entries[f"{at}.router.w_out"] = (e, inside)
+    if moe.gate == "mlp_gelu":
+        entries[f"{at}.router.b_in"] = (inside,)
+    if moe.gate == "cosine":
+        entries[f"{at}.router.temperature"] = (1,)
+    if moe.gate_noise:
+        entries[f"{at}.router.w_noise"] = (e, d)
+    if moe.shared_hidden_size:
+        entries |= _linears(f"{at}.shared", _ffn_shapes(d, moe.shared_hidden_size), bias=False)
+    if moe.shared_gate:
+        entries[f"{at}.shared_gate.weight"] = (1, d)
+    if moe.residual_experts:
+        entries[f"{at}.residual.gate.weight"] = (moe.residual_experts, d)
+    for expert in range(moe.residual_experts):
+        entries |= _linears(f"{at}.residual.each.{expert}", _ffn_shapes(d, moe.residual_hidden_size), bias=False)
+    for expert in range(e):
+        entries |= {f"{at}.experts.{expert}.{name}": shape for name, shape in _ffn_shapes(d, f).items()}
+    return entries
 
 
 def _linears(at: str, shapes: Mapping[str, tuple[int, int]], *, bias: bool) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ from ep_engine.errors import UserError
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import grids, rank_groups
 from ep_engine.message import Message
+from ep_engine.model_config import ModelConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Hop, Site, way_to
 from ep_engine.stages import Stages
@@ -158,7 +159,7 @@ def transport_of(config: RunConfig, groups: Groups, placement: Placement) -> str
 
 
 def count_traffic(
-    config: RunConfig, stages: Stages, placement: Placement, groups: Groups, ids_LNK: Tensor, hidden_size: int
+    config: RunConfig, stages: Stages, placement: Placement, groups: Groups, ids_LNK: Tensor, model: ModelConfig
 ) -> ExpertTraffic:
     """Count the rows and bytes of a step.
 
@@ -168,7 +169,7 @@ def count_traffic(
         placement: of its experts.
         groups: of its ranks; those of `dispatch` are counted.
         ids_LNK: experts of the tokens of one step, in the order of routing_trace.py; repeated if they are fewer.
-        hidden_size: D.
+        model: that is trained.
 
     Raises:
         UserError: a rank would get more rows than moe.fixed_rows.
@@ -179,23 +180,31 @@ def count_traffic(
     axes = ["ep_across", "ep_inside"] if transport_of(config, groups, placement) == "hierarchical" else ["dispatch"]
     for group in groups.axes["dispatch"]:
         here = stages.on(groups.around(group[0], "pp").index(group[0]))
-        for layer in (layer for stage in here for layer in stages.layers[stage]):
-            ids_of_rank = {rank: groups.own_tokens(config, rank, ids_LNK[layer : layer + 1])[0] for rank in group}
-            ways = {rank: _way(config, placement, groups, axes, rank, layer, found.ledgers[rank]) for rank in group}
+        for layer in (layer for stage in here for layer in stages.layers[stage] if model.moe_of(layer) is not None):
+            n = model.moe_index(layer)
+            ids_of_rank = {rank: groups.own_tokens(config, rank, ids_LNK[n : n + 1])[0] for rank in group}
+            ways = {rank: _way(config, placement, groups, axes, rank, n, found.ledgers[rank], layer) for rank in group}
             for part in range(config.train.micro_batches):
                 given = {rank: ids_of_rank[rank][part].long() for rank in group}
-                for rank, passed in _pass(config, groups, axes, ways, given, hidden_size).items():
+                for rank, passed in _pass(config, groups, axes, ways, given, model.hidden_size).items():
                     found.passed[rank, layer, part] = passed
     return found
 
 
 def _way(
-    config: RunConfig, placement: Placement, groups: Groups, axes: list[str], rank: int, layer: int, ledger: Ledger
+    config: RunConfig,
+    placement: Placement,
+    groups: Groups,
+    axes: list[str],
+    rank: int,
+    index: int,
+    ledger: Ledger,
+    layer: int,
 ) -> tuple[Site, tuple[Hop, ...]]:
-    """The layer on a rank, and the hops from there, over groups that nothing is sent through."""
+    """A layer on a rank, by its index among the MoE layers; and the hops from there, through which nothing is sent."""
     site = Site.of(
         placement,
-        layer,
+        index,
         placement.cut(config.parallel.expert_parallel_size),
         groups.around(rank, "dispatch").index(rank),
         one_row_per_copy=config.moe.combine == "per_expert",

@@ -19,6 +19,35 @@ class FeedForward(nn.Module):
         return y
 
 
+class ResidualExperts(nn.Module):
+    """Experts that every token goes through, weighted by a softmax gate: LLaMA-MoE's residual block."""
+
+    def __init__(self, hidden_size: int, inner_size: int, count: int, scale: float) -> None:
+        super().__init__()
+        self.gate = ResidualGate(hidden_size, count, scale)
+        self.each = nn.ModuleList(FeedForward(hidden_size, inner_size) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        shares = self.gate(x).unbind(dim=-1)
+        weighted = (share.unsqueeze(-1) * expert(x) for share, expert in zip(shares, self.each, strict=True))
+        total: Tensor = sum(weighted)
+        return total
+
+
+class ResidualGate(nn.Module):
+    """The weights of a token's residual experts: softmax(w x) * scale."""
+
+    def __init__(self, hidden_size: int, count: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Linear(hidden_size, count, bias=False).weight
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., r)."""
+        return F.linear(x, self.weight).float().softmax(dim=-1).to(x.dtype) * self.scale
+
+
 class SharedGate(nn.Module):
     """The share of the shared expert's output that a token takes, as in Qwen2-MoE: sigmoid(w x)."""
 

@@ -10,7 +10,8 @@ from ep_engine.model_config import ModelConfig
 
 
 def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> None:
-    """Fill a model's entries in place: norms with 1, biases with 0, the rest from N(0, initializer_range^2).
+    """Fill a model's entries in place: norms with 1; biases, a gate's temperature and noise with 0; the rest from
+    N(0, initializer_range^2).
 
     Args:
         entries: what this rank holds, from `entries.module_entries`.
@@ -21,7 +22,7 @@ def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> 
     for name, shard in entries.items():
         if name.endswith("norm.weight"):
             shard.tensor.fill_(1.0)
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ".b_in", ".temperature", ".w_noise")):
             shard.tensor.zero_()
         else:
             # Drawn whole: the part of a rank is the same whatever the other parts are.

@@ -114,7 +114,14 @@ def check_split(config: RunConfig, model: ModelConfig) -> None:
         "the model's vocabulary": model.vocab_size,
         "the model's intermediate size": model.intermediate_size if model.moe is None else tp,
         "the width of the model's shared expert": model.moe.shared_hidden_size if model.moe else tp,
+        "the width of the model's residual experts": model.moe.residual_hidden_size if model.moe else tp,
+        **{f"the intermediate size of layer {layer}": width for layer, width in model.dense_layers.items()},
     }
+    if tp > 1 and model.qk_norm == "all":
+        raise UserError(
+            f"parallel.tensor_parallel_size is {tp}, and the model norms queries and keys over all heads (qk_norm "
+            "all), which lie on several ranks then; set it to 1"
+        )
     for name, size in cut.items():
         if size % tp:
             raise UserError(f"parallel.tensor_parallel_size ({tp}) must divide {name} ({size}); choose a smaller one")

@@ -125,13 +125,13 @@ class Step:
         return self.tape
 
     def _kept(self, layer: int, part: int) -> Kept:
-        return self.part.layer(self.passed.get((self.rank, layer, part)))
+        return self.part.layer(layer, self.passed.get((self.rank, layer, part)))
 
-    def _remaining(self, kept: Kept) -> Counter[str]:
+    def _remaining(self, layer: int, kept: Kept) -> Counter[str]:
         """What stays of a layer between its forward and its backward."""
         recompute = self.config.train.recompute
         if recompute == "full":
-            moe = self.model.moe
+            moe = self.model.moe_of(layer)
             chosen = _LONG * moe.top_k * self.part.tokens // self.part.tp if moe else 0
             return Counter(activations=self.part.hidden + chosen)
         if recompute == "selective":
@@ -163,7 +163,7 @@ class Step:
             for group in of_layer:
                 self._gather(group, moment)
             kept = self._kept(layer, part)
-            remaining = self._remaining(kept)
+            remaining = self._remaining(layer, kept)
             self._hold(moment, remaining)
             self.tape.touch(moment, working=kept.total - remaining.total() + kept.working)
             for group in of_layer:
@@ -194,21 +194,21 @@ class Step:
                 continue
             if kind == "backward_weight":
                 self._drop(moment, Counter(activations=kept.for_weights))
-            self._layer_backward(moment, of_layer, kept, last=last)
+            self._layer_backward(moment, layer, of_layer, kept, last=last)
         if kind != "backward_input":
             self._drop(moment, Counter(activations=self._end(stage)["activations"] - self._received(stage)))
             self._gradients(moment, weights.root)
             if last or self.size == 1:
                 self._finish(moment, weights, reduce=last)
 
-    def _layer_backward(self, moment: str, of_layer: list[Weights], kept: Kept, *, last: bool) -> None:
+    def _layer_backward(self, moment: str, layer: int, of_layer: list[Weights], kept: Kept, *, last: bool) -> None:
         for group in of_layer:
             self._gather(group, moment)
         again = 0
         if self.config.train.recompute == "full":
             again = kept.total - self.part.residual()
         self.tape.hold(moment, working=again)
-        of_experts = of_layer[-1:] if self.model.moe else []
+        of_experts = of_layer[-1:] if self.model.moe_of(layer) else []
         computed = kept.gate_up if self.config.train.recompute == "selective" else 0
         for group in of_experts:
             self.tape.touch(moment, working=computed + kept.working, gradients=self.part.itemsize * group.gathered)
@@ -222,7 +222,7 @@ class Step:
             self._gradients(moment, group)
             self._reduce_now(moment, group, last=last)
         self.tape.touch(moment, working=kept.attention if self.config.train.recompute == "selective" else 0)
-        rest = self._remaining(kept)
+        rest = self._remaining(layer, kept)
         if again:
             self._drop(moment, Counter(working=again - freed["working"]))
         else:

@@ -5,19 +5,20 @@ Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabu
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ep_engine.attention import Attention, Rotary, keep_apart
+from ep_engine.attention import Attention, Positions, keep_apart
 from ep_engine.feed_forward import FeedForward
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
+from ep_engine.norm import RMSNorm
 from ep_engine.recompute import Recompute, computed_again
 
 Watch = Callable[[Tensor, dict[int, RouterStatistics]], Tensor]
-"""Sees what the routers of a pass did, by layer, and the hidden states, which it returns; it may add a loss to them."""
+"""Sees what the routers of a pass did, by place among the MoE layers, and the hidden states, which it returns; it may
+add a loss to them."""
 
 
 class Decoder(nn.Module):
@@ -38,10 +39,10 @@ class Decoder(nn.Module):
         self.watch: Watch = _no_watch
         self.is_first, self.is_last = here.start == 0, here.stop == config.num_layers
         head_is_embedding = self.is_last and config.tie_embeddings
-        rotary = Rotary(config)
+        positions = Positions(config)
         self.embed = nn.Embedding(v, d) if self.is_first or head_is_embedding else None
         self.copies = {"embed.weight"} if head_is_embedding and not self.is_first else set()  # of the first stage's
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, rotary) for i in here})
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, positions) for i in here})
         if self.is_last:
             self.norm = RMSNorm(d, config.rms_norm_eps)
             self.head = None if config.tie_embeddings else nn.Linear(d, v, bias=False)
@@ -55,12 +56,12 @@ class Decoder(nn.Module):
         if self.is_first:
             assert self.embed is not None, "the first stage has one"
             x = self.embed(x)
-        apart = None if documents_BS is None else keep_apart(documents_BS)
+        apart = None if documents_BS is None else keep_apart(documents_BS, self.config.sliding_window)
         routers: dict[int, RouterStatistics] = {}
         for i, layer in self.layers.items():
             x, router = layer(x, apart)
             if router is not None:
-                routers[int(i)] = router
+                routers[self.config.moe_index(int(i))] = router
         x = self.watch(x, routers)
         if not self.is_last:
             return x
@@ -100,16 +101,17 @@ class Unembed(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then a dense FFN or a mixture of experts, each on the normed residual stream."""
 
-    def __init__(self, config: ModelConfig, index: int, rotary: "Rotary") -> None:
+    def __init__(self, config: ModelConfig, index: int, positions: Positions) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, rotary)
+        self.attention = Attention(config, positions)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.moe is None:
-            self.ffn = FeedForward(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        moe = config.moe_of(index)
+        if moe is None:
+            self.ffn = FeedForward(config.hidden_size, config.dense_size(index), bias=config.mlp_bias)
         else:
-            self.moe = MoELayer(config.moe, config.hidden_size, index)
-        self.is_moe = config.moe is not None
+            self.moe = MoELayer(moe, config.hidden_size, config.moe_index(index))
+        self.is_moe = moe is not None
         self.recompute: Recompute = "none"
 
     def forward(self, x_BSD: Tensor, apart: Tensor | None = None) -> tuple[Tensor, RouterStatistics | None]:
@@ -135,19 +137,3 @@ class DecoderLayer(nn.Module):
     def _attend(self, x_BSD: Tensor, apart: Tensor | None) -> Tensor:
         y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), apart)
         return y_BSD
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, arXiv:1910.07467 eq. 4; float32 up to the weight, as LLaMA does."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        scaled: Tensor = self.weight * normed.to(x.dtype)
-        return scaled

@@ -15,6 +15,9 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_BY_LAYER = ("top_t", "max_devices", "lists", "device_of_expert")  # of RoutingConfig: a row for each MoE layer
+
+
 class RoutingConfig(_Part):
     """The selection rule of every MoE layer and the tables it reads."""
 
@@ -22,7 +25,7 @@ class RoutingConfig(_Part):
     top_t: int | list[int] | None = None
     """T of C2R: how many collaborators of the top-1 expert are candidates, in k-1..E-1; or that of every layer."""
     lists: list[list[list[int]]] | None = None
-    """[L][E][E]: row i is a permutation of the experts, closest collaborator of i first, i itself last."""
+    """[L][E][E], L layers with experts: row i is a permutation of them, closest collaborator of i first, i itself last."""
     max_devices: int | list[int] | None = None
     """M: a token's experts live on at most this many devices (c2r_grouped), or in so many groups (group_limited); or
     that of every layer."""
@@ -49,25 +52,58 @@ class MoEConfig(_Part):
     """K, experts chosen per token."""
     expert_hidden_size: int
     """F, hidden width of one expert."""
-    gate: Literal["linear", "mlp"] = "mlp"
-    """`linear`: one (E, D) matrix. `mlp`: (E, D), tanh, (E, E), as in LLaMA-MoE v1."""
+    gate: Literal["linear", "mlp", "mlp_gelu", "cosine"] = "mlp"
+    """How logits come about; see router.py."""
+    gate_hidden_size: int = 0
+    """R, width inside an `mlp_gelu` or `cosine` gate."""
+    gate_noise: bool = False
+    """Whether the router has a noise matrix (E, D), as LLaMA-MoE v1 has it; it has no part in what is chosen."""
     score: Literal["softmax_of_chosen", "softmax", "sigmoid"] = "softmax_of_chosen"
     """Combine weights before all else: softmax over the K chosen, softmax over all experts, or a sigmoid each."""
     renormalise: bool = False
     """Whether the weights of the K chosen are divided by their sum."""
-    score_scale: float = 1.0
-    """Factor on the combine weights; E / K keeps the magnitude of a split dense layer (specification of LLaMA-MoE)."""
+    score_scale: float | list[float] = 1.0
+    """Factor on the combine weights, or that of every layer; E / K keeps the magnitude of a split dense layer
+    (specification of LLaMA-MoE)."""
     shared_hidden_size: int = 0
     """Hidden width of the dense SwiGLU that every token goes through beside its experts; 0: none."""
     shared_gate: bool = False
     """Whether its output is multiplied by the sigmoid of a gate, as in Qwen2-MoE."""
+    residual_experts: int = 0
+    """Experts that every token goes through as well, weighted by a softmax gate of their own, as in LLaMA-MoE's
+    residual models."""
+    residual_hidden_size: int = 0
+    """Hidden width of one of them."""
+    residual_scale: float = 1.0
+    """Factor on their weights."""
+    expert_sizes: list[list[int]] | None = None
+    """[L][E]: where experts are smaller than expert_hidden_size, how much of each is not padding with zeros."""
     routing: RoutingConfig = RoutingConfig()
+
+    @property
+    def beside_hidden_size(self) -> int:
+        """Hidden width of all that every token goes through beside its experts."""
+        return self.shared_hidden_size + self.residual_experts * self.residual_hidden_size
+
+    def scale_of(self, layer: int) -> float:
+        """Factor on the combine weights of one layer."""
+        return self.score_scale[layer] if isinstance(self.score_scale, list) else self.score_scale
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         e, k, rule = self.num_experts, self.top_k, self.routing
         if not 1 <= k <= e:
             raise ValueError(f"moe.top_k ({k}) must be in 1..moe.num_experts ({e}); choose fewer experts per token")
+        if (self.gate in ("mlp_gelu", "cosine")) != (self.gate_hidden_size > 0):
+            raise ValueError(
+                f"moe.gate_hidden_size ({self.gate_hidden_size}) must be at least 1 for the gates mlp_gelu and cosine, "
+                f"and 0 for others, the gate is {self.gate}; correct one of them"
+            )
+        if (self.residual_experts > 0) != (self.residual_hidden_size > 0):
+            raise ValueError(
+                f"moe.residual_experts ({self.residual_experts}) and moe.residual_hidden_size "
+                f"({self.residual_hidden_size}) must both be 0 or both be more; correct one of them"
+            )
         if self.shared_gate and self.shared_hidden_size == 0:
             raise ValueError("moe.shared_gate is set and moe.shared_hidden_size is 0: there is nothing to gate")
         if rule.weights != "model" and (rule.rule == "topk" or self.score == "softmax_of_chosen" or self.renormalise):
@@ -152,11 +188,20 @@ class ModelConfig(_Part):
     """Hugging Face's rope parameters; types `default`, `linear` and `llama3` are known."""
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool | Literal["qkv"] = False
+    """Biases of attention: of all its matrices, or of all but the last, as in Qwen2."""
+    qk_norm: Literal["head", "all"] | None = None
+    """RMSNorm of queries and keys before rotation: of each head (Qwen3), or of all heads together (OLMoE)."""
+    sliding_window: int | None = None
+    """Positions that a token sees, itself among them; None: all before it."""
     mlp_bias: bool = False
     initializer_range: float = 0.02
     moe: MoEConfig | None = None
     """None: every layer has a dense FFN."""
+    dense_layers: dict[int, int] = {}
+    """Layers of a model with experts whose FFN is dense, and its hidden width."""
+    family: str | None = None
+    """`model_type` of the Hugging Face family to export to; None: by what the model has."""
     carried: dict[str, Any] = {}
     """Keys of the source's config.json that the engine does not read; written back at export."""
 
@@ -168,13 +213,38 @@ class ModelConfig(_Part):
                 "query heads share key heads evenly"
             )
         routing = self.moe.routing if self.moe else RoutingConfig()
-        for name in ("top_t", "max_devices", "lists", "device_of_expert"):
-            table = getattr(routing, name)
-            if isinstance(table, list) and len(table) != self.num_layers:
+        tables = {f"routing.{name}": getattr(routing, name) for name in _BY_LAYER}
+        count = 0 if self.moe is None else self.num_layers - len(self.dense_layers)
+        if self.moe is not None:
+            tables |= {"moe.score_scale": self.moe.score_scale, "moe.expert_sizes": self.moe.expert_sizes}
+        for name, table in tables.items():
+            if isinstance(table, list) and len(table) != count:
+                raise ValueError(f"{name} has {len(table)} layers, the model has {count}; make it for this model")
+        for layer, width in self.dense_layers.items():
+            if self.moe is None or not 0 <= layer < self.num_layers or width < 1:
                 raise ValueError(
-                    f"routing.{name} has {len(table)} layers, the model has {self.num_layers}; make it for this model"
+                    f"dense_layers names layer {layer} of width {width}, they must be in a model with experts, in "
+                    f"0..{self.num_layers - 1}, of width 1 at least; correct it"
                 )
+        if self.moe is not None and count == 0:
+            raise ValueError("dense_layers names every layer of a model with experts; leave one out, or leave out moe")
         return self
+
+    def moe_of(self, layer: int) -> MoEConfig | None:
+        """The mixture of experts of one layer; None: its FFN is dense."""
+        return None if layer in self.dense_layers else self.moe
+
+    def dense_size(self, layer: int) -> int:
+        """Hidden width of the FFN of a dense layer."""
+        return self.dense_layers.get(layer, self.intermediate_size)
+
+    def moe_layers(self) -> list[int]:
+        """The layers with experts, ascending: what tables, profiles and placements have a row for."""
+        return [layer for layer in range(self.num_layers) if self.moe_of(layer) is not None]
+
+    def moe_index(self, layer: int) -> int:
+        """Which row of a table a layer with experts has."""
+        return layer - sum(dense < layer for dense in self.dense_layers)
 
 
 def check_lists(rows: list[list[int]], num_experts: int, *, where: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ep_engine.combine import combine
 from ep_engine.dispatch import dispatch
 from ep_engine.experts import Experts
-from ep_engine.feed_forward import FeedForward, SharedGate
+from ep_engine.feed_forward import FeedForward, ResidualExperts, SharedGate
 from ep_engine.ledger import Ledger
 from ep_engine.load_balance import RouterStatistics, router_statistics
 from ep_engine.model_config import MoEConfig
@@ -20,9 +20,10 @@ from ep_engine.transport import Alone, Link
 
 
 class MoELayer(nn.Module):
-    """A mixture of experts in the place of a decoder's FFN, and the shared expert beside it if there is one.
+    """A mixture of experts in the place of a decoder's FFN, and what every token goes through beside it, if anything.
 
-    It is built for one rank that holds all experts in the order of their ids; `join` makes it part of a group.
+    It is built for one rank that holds all experts in the order of their ids; `join` makes it part of a group. `layer`
+    is its place among the MoE layers.
     """
 
     def __init__(self, moe: MoEConfig, hidden_size: int, layer: int) -> None:
@@ -32,6 +33,10 @@ class MoELayer(nn.Module):
         self.router = Router(moe, hidden_size, layer)
         self.shared = FeedForward(hidden_size, moe.shared_hidden_size) if moe.shared_hidden_size else None
         self.shared_gate = SharedGate(hidden_size) if moe.shared_gate else None
+        self.residual = None
+        if moe.residual_experts:
+            width, count = moe.residual_hidden_size, moe.residual_experts
+            self.residual = ResidualExperts(hidden_size, width, count, moe.residual_scale)
         self.keeps_less = False
         self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
 
@@ -54,7 +59,7 @@ class MoELayer(nn.Module):
         )
 
     def recompute(self, keeps_less: bool) -> None:
-        """Whether the insides of the experts, and of the shared one, are computed again for the backward."""
+        """Whether the insides of the experts, and of what is beside them, are computed again for the backward."""
         self.keeps_less = self.experts.recompute = keeps_less
 
     def forward(self, x_TD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics]:
@@ -76,4 +81,6 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             shared_TD = computed_again(self.shared, x_TD) if self.keeps_less else self.shared(x_TD)
             y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD) * shared_TD)
+        if self.residual is not None:
+            y_TD = y_TD + (computed_again(self.residual, x_TD) if self.keeps_less else self.residual(x_TD))
         return y_TD, router_statistics(routing)

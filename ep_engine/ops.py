@@ -318,6 +318,12 @@ def count_pairs(ids_TK: Tensor, counts_EE: Tensor) -> None:
     _ops.count_pairs(ids_TK.contiguous(), counts_EE)
 
 
+def checksum(elements: Tensor, columns: int, *, first: int, row_step: int, column_step: int) -> int:
+    """csrc/checksum.h of contiguous elements on the CPU, in 0..2**64-1."""
+    total: int = _ops.checksum(elements, columns, first, row_step, column_step)
+    return total % (1 << 64)
+
+
 class SharedArenas(NamedTuple):
     """The arenas of all ranks of a machine, mapped here, and which rank this is: csrc/shared_memory.h."""
 

@@ -31,17 +31,20 @@ from ep_engine.config import MoESection
 from ep_engine.connect import Connection, connect
 from ep_engine.entries import Shard, module_entries
 from ep_engine.experts import Experts
-from ep_engine.feed_forward import SharedGate
+from ep_engine.feed_forward import ResidualGate, SharedGate
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes
 from ep_engine.message import Message
-from ep_engine.model import Decoder, RMSNorm
+from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig
+from ep_engine.norm import RMSNorm
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
 from ep_engine.stages import Stages
 
 _DEFAULT = MoESection()
+# With tp > 1 whole on every rank of a stage, though its tokens or its heads are only a part.
+_ALONE = (RMSNorm, SharedGate, ResidualGate)
 
 
 def build(
@@ -114,7 +117,7 @@ def _join_ranks(
     cut, rank = placement.cut(meshes.experts["ep"].size()), dist.get_rank(meshes.dispatch)
     per_copy, parts = travel.combine == "per_expert", meshes.experts["etp"].size()
     for i, moe in model.moe_layers().items():
-        site = Site.of(placement, i, cut, rank, one_row_per_copy=per_copy, parts=parts)
+        site = Site.of(placement, model.config.moe_index(i), cut, rank, one_row_per_copy=per_copy, parts=parts)
         moe.join(site, *connection.links(ledger, i), fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
 
 
@@ -141,8 +144,12 @@ def _split(model: Decoder, tp: DeviceMesh) -> None:
         plan[f"{at}.w_o"] = RowwiseParallel(output_layouts=sequence)
         if not layer.is_moe:
             plan |= _split_ffn(f"layers.{i}.ffn", sequence)
-        elif layer.moe.shared is not None:
-            plan |= _split_ffn(f"layers.{i}.moe.shared", Split(0))  # of tokens, in whatever order
+        else:
+            beside = ["shared"] if layer.moe.shared is not None else []
+            if layer.moe.residual is not None:
+                beside += [f"residual.each.{n}" for n in range(len(layer.moe.residual.each))]
+            for name in beside:
+                plan |= _split_ffn(f"layers.{i}.moe.{name}", Split(0))  # of tokens, in whatever order
     parallelize_module(model, tp, plan)
     if model.is_last and model.head is not None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, tp, [Split(0)]))
@@ -184,7 +191,7 @@ def _shard(model: Decoder, meshes: Meshes, dtype: torch.dtype, reshard: bool) ->
         if dtype != torch.float32 or split:
             shard(moe.router, meshes.stage, exact)
     if split:
-        for alone in (module for module in model.modules() if isinstance(module, (RMSNorm, SharedGate))):
+        for alone in (module for module in model.modules() if isinstance(module, _ALONE)):
             shard(alone, meshes.stage, compute)
     for layer in model.decoder_layers().values():
         shard(layer, meshes.dense["dp"], compute)

@@ -82,7 +82,7 @@ def _experts(
         ids_LNK, what = draw_routing(layout.model, tokens, seed), f"uniform random, seed {seed}{of}"
     else:
         ids_LNK, what = read_trace(trace, layout.model, tokens, seed)
-    found = count_traffic(thinned, layout.stages, layout.placement, groups, ids_LNK, layout.model.hidden_size)
+    found = count_traffic(thinned, layout.stages, layout.placement, groups, ids_LNK, layout.model)
     return found.times(factor), what
 
 

@@ -100,7 +100,7 @@ def profile(
     }
     settings = about | {"sequence_length": sequence_length}
     with process_groups(world, device, ep_size, timeout_s, settings=settings) as meshes:
-        placement = Placement.contiguous(config.moe.num_experts, ep_size, config.num_layers)
+        placement = Placement.contiguous(config.moe.num_experts, ep_size, len(config.moe_layers()))
         (model,), _ = build(
             config, placement, meshes, device=device, dtype=torch.float32, tokens=_ROWS * sequence_length
         )
@@ -162,13 +162,13 @@ class _Counter:
         self, config: ModelConfig, sequence_length: int, device: torch.device, keep_ids: bool, keep_scores: bool
     ) -> None:
         assert config.moe is not None, "the caller has asked"
-        experts = config.moe.num_experts
-        self.pairs_2LEE = torch.zeros(2, config.num_layers, experts, experts, dtype=torch.int64, device=device)
+        layers, experts = len(config.moe_layers()), config.moe.num_experts
+        self.pairs_2LEE = torch.zeros(2, layers, experts, experts, dtype=torch.int64, device=device)
         self.halves: list[tuple[int, float]] = []
         self.first_window = 0
         self._sequence_length, self._keep_ids, self._keep_scores = sequence_length, keep_ids, keep_scores
-        self.ids: dict[int, list[Tensor]] = {layer: [] for layer in range(config.num_layers)}
-        self.scores: dict[int, list[Tensor]] = {layer: [] for layer in range(config.num_layers)}
+        self.ids: dict[int, list[Tensor]] = {layer: [] for layer in range(layers)}
+        self.scores: dict[int, list[Tensor]] = {layer: [] for layer in range(layers)}
 
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         """See `model.Watch`."""

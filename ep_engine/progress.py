@@ -5,7 +5,16 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import track as rich_track
 
 T = TypeVar("T")
@@ -20,8 +29,21 @@ def track(items: Sequence[T], what: str) -> Iterable[T]:
 @contextmanager
 def bar(what: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
     """Yield `advance(num_done)`; the bar, if it is shown, stands while the block runs."""
+    with _shown(what, total, show, MofNCompleteColumn(), TimeElapsedColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def byte_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The same for bytes, with the time that is left."""
+    with _shown(what, total, True, DownloadColumn(), TimeRemainingColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _shown(what: str, total: int, show: bool, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
+    shown = (TextColumn("{task.description}"), BarColumn(), *columns)
+    with Progress(*shown, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
         task = progress.add_task(what, total=total)
         yield lambda num_done: progress.update(task, completed=num_done)

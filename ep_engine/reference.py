@@ -1,7 +1,9 @@
-"""What a MoE layer must compute, in the plainest form: one rank, loops, no permutation. Imports nothing of ours."""
+"""What the ops of csrc/ must compute, in the plainest form: one rank, loops. Imports nothing of ours."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -96,3 +98,17 @@ def count_pairs(ids_TK: Tensor, num_experts: int) -> Tensor:
             for j in ids:
                 counts[i, j] += 1
     return counts
+
+
+def checksum(bits: NDArray[np.integer], positions: NDArray[np.uint64]) -> int:
+    """Sum over elements of mix(bits ^ mix(position)), modulo 2**64; bits are extended by their sign."""
+
+    def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): every input bit reaches every output."""
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+        return mixed
+
+    return int(mix(bits.astype(np.uint64) ^ mix(positions)).sum(dtype=np.uint64))

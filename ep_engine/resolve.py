@@ -203,7 +203,7 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
         if "load_balance" in differing(config.train):
             raise UserError("train.load_balance has no effect on a dense model; leave it out, or split the model first")
         return None
-    num_experts = model.moe.num_experts
+    num_layers, num_experts = len(model.moe_layers()), model.moe.num_experts
     if model.moe.top_k * etp > MAX_TOP_K:
         times = f" times parallel.expert_tensor_parallel_size ({etp})" if etp > 1 else ""
         raise UserError(
@@ -221,12 +221,12 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
             "every rank must hold one; use fewer ranks"
         )
     if config.moe.placement is None:
-        return Placement.contiguous(num_experts, ep_size, model.num_layers)
+        return Placement.contiguous(num_experts, ep_size, num_layers)
     placement = read_placement(config.moe.placement)
-    if (len(placement.layers), placement.num_experts) != (model.num_layers, num_experts):
+    if (len(placement.layers), placement.num_experts) != (num_layers, num_experts):
         raise UserError(
             f"moe.placement {config.moe.placement} has {len(placement.layers)} layers of {placement.num_experts} "
-            f"experts, the model {model.num_layers} of {num_experts}; place a profile of this model"
+            f"experts, the model {num_layers} of {num_experts}; place a profile of this model"
         )
     placement.cut(ep_size)
     return placement

@@ -26,26 +26,32 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Logits by a linear or a two-layer gate in float32, and combine weights as MoEConfig's `score` says.
+    """Logits by a gate in float32, and combine weights as MoEConfig's `score` says; `layer` is among the MoE layers.
 
-    The gates of LLaMA-MoE v1: `linear` is w_in (E, D); `mlp` is w_out (E, E) tanh(w_in x).
+    Gates of LLaMA-MoE v1: `linear` is w_in x, w_in (E, D); `mlp` is w_out tanh(w_in x), w_out (E, E).
+    Gates of MoLlama: `mlp_gelu` is w_out gelu(w_in x + b_in), w_in (R, D), w_out (E, R); `cosine` is exp(temperature)
+    times the cosine of w_in x and of every row of w_out (arXiv:2204.09179 eq. 3, there called X-MoE).
     """
 
     def __init__(self, moe: MoEConfig, hidden_size: int, layer: int) -> None:
         super().__init__()
-        self.w_in = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
-        self.w_out = nn.Parameter(torch.empty(moe.num_experts, moe.num_experts)) if moe.gate == "mlp" else None
-        self.weighing = moe.score, moe.renormalise, moe.score_scale
-        if moe.routing.weights == "selected":
-            self.weighing = moe.score, True, moe.score_scale
+        num_experts, inside = moe.num_experts, moe.gate_hidden_size or moe.num_experts
+        self.w_in = nn.Parameter(torch.empty(inside, hidden_size))
+        self.w_out = None if moe.gate == "linear" else nn.Parameter(torch.empty(num_experts, inside))
+        self.b_in = nn.Parameter(torch.empty(inside)) if moe.gate == "mlp_gelu" else None
+        self.temperature = nn.Parameter(torch.empty(1)) if moe.gate == "cosine" else None
+        # Carried from checkpoint to checkpoint: nothing here adds noise.
+        self.w_noise = (
+            nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=False) if moe.gate_noise else None
+        )
+        renormalise = moe.renormalise or moe.routing.weights == "selected"
+        self.weighing = moe.score, renormalise, moe.scale_of(layer)
         self.match_plain_mass = moe.routing.weights == "match_plain_mass"
         self.rule = make_rule(moe, layer)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor | None = None) -> Routing:
         """(T, D) of any dtype -> Routing; T may be 0. `ids_TK` are choices made before, to be weighed again."""
-        logits_TE = linear_by_row(x_TD.float(), self.w_in.float())
-        if self.w_out is not None:
-            logits_TE = linear_by_row(torch.tanh(logits_TE), self.w_out.float())
+        logits_TE = self.logits(x_TD)
         score, renormalise, scale = self.weighing
         how = self.rule.on(logits_TE.device)._replace(score=score, renormalise=renormalise, scale=scale)
         if ids_TK is not None:
@@ -55,6 +61,18 @@ class Router(nn.Module):
             _, plain_TK = _Choose.apply(logits_TE, how._replace(rule="topk"), None)  # type: ignore[no-untyped-call]
             weights_TK = weights_TK * (_sum_of_row(plain_TK) / _sum_of_row(weights_TK))
         return Routing(ids_TK, weights_TK, logits_TE)
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """(T, D) of any dtype -> (T, E) float32."""
+        inside = linear_by_row(x_TD.float(), self.w_in.float())
+        if self.w_out is None:
+            return inside
+        w_out = self.w_out.float()
+        if self.temperature is not None:
+            cosine_TE = linear_by_row(F.normalize(inside, dim=1), F.normalize(w_out, dim=1))
+            return self.temperature.float().exp() * cosine_TE
+        inside = torch.tanh(inside) if self.b_in is None else F.gelu(inside + self.b_in.float())
+        return linear_by_row(inside, w_out)
 
 
 def _sum_of_row(weights_TK: Tensor) -> Tensor:

@@ -39,9 +39,10 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
     """
     moe = model.moe
     assert moe is not None, "the caller has asked"
+    num_layers = len(model.moe_layers())
     ids_LTK = _array(path)
     if ids_LTK is not None:
-        ids_LTK = _checked(ids_LTK, path, model.num_layers, moe.num_experts, moe.top_k)
+        ids_LTK = _checked(ids_LTK, path, num_layers, moe.num_experts, moe.top_k)
         if ids_LTK.shape[1] < num_tokens:
             raise UserError(
                 f"trace {path} has {ids_LTK.shape[1]} tokens, a step of the run has {num_tokens} (data.batch_size "
@@ -49,10 +50,10 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
             )
         return ids_LTK[:, :num_tokens], f"trace {path}"
     profile = read_profile(path)
-    if (profile.num_layers, profile.num_experts) != (model.num_layers, moe.num_experts):
+    if (profile.num_layers, profile.num_experts) != (num_layers, moe.num_experts):
         raise UserError(
             f"profile {path} has {profile.num_layers} layers of {profile.num_experts} experts, the model "
-            f"{model.num_layers} of {moe.num_experts}; profile this model"
+            f"{num_layers} of {moe.num_experts}; profile this model"
         )
     what = f"drawn with the loads of profile {path}, seed {seed}"
     return draw_routing(model, num_tokens, seed, torch.from_numpy(profile.load)), what
@@ -67,9 +68,9 @@ def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor
     moe = model.moe
     assert moe is not None, "the caller has asked"
     generator = torch.Generator().manual_seed(seed)
-    count = min(num_tokens, DRAWN)
-    ids_LTK = torch.empty(model.num_layers, count, moe.top_k, dtype=torch.int16)
-    for layer in range(model.num_layers):
+    count, num_layers = min(num_tokens, DRAWN), len(model.moe_layers())
+    ids_LTK = torch.empty(num_layers, count, moe.top_k, dtype=torch.int16)
+    for layer in range(num_layers):
         bias_E = torch.zeros(moe.num_experts) if load_LE is None else load_LE[layer].clamp(min=0.5).log().float()
         gumbel_TE = -torch.empty(count, moe.num_experts).exponential_(generator=generator).log()
         ids_LTK[layer] = make_rule(moe, layer).select(bias_E + gumbel_TE)

@@ -119,7 +119,7 @@ def _counted(config: RunConfig, cluster: Cluster, trace: Path) -> Case:
     counted = groups.counted()
     of_rank = config.data.batch_size * config.data.sequence_length // len(groups.around(0, "dp"))
     thinned, factor = thin(config, of_rank * len(counted), MOST_TOKENS)
-    sizes = layout.stages, layout.placement, groups, ids_LTK, layout.model.hidden_size
+    sizes = layout.stages, layout.placement, groups, ids_LTK, layout.model
     traffic = count_traffic(thinned, *sizes).times(factor)
     transport = transport_of(config, groups, layout.placement)
     shape = config, layout.model, layout.stages, layout.placement, groups
@@ -132,7 +132,7 @@ def _counted(config: RunConfig, cluster: Cluster, trace: Path) -> Case:
 def _experts(trace: Path, model: ModelConfig) -> Tensor:
     moe = model.moe
     assert moe is not None, "the caller has asked"
-    ids_LTK = read_ids(trace, model.num_layers, moe.num_experts, moe.top_k)
+    ids_LTK = read_ids(trace, len(model.moe_layers()), moe.num_experts, moe.top_k)
     return ids_LTK if moe.routing.rule == "topk" else choose_again(trace, ids_LTK, model)
 
 
@@ -173,16 +173,17 @@ class _Parts:
 
 def _layer(case: Case, layer: int, own_ms: dict[int, float]) -> dict[str, Any]:
     """One layer, all parts of the batch, forward and backward; adds to what every rank has to do by itself."""
-    device, ranks = case.cluster.device, [r for r, n, part in case.traffic.passed if (n, part) == (layer, 0)]
-    compute, inside = 0.0, dict.fromkeys(ranks, 0.0)
+    device, compute = case.cluster.device, 0.0
+    ranks = [r for r, step in case.steps.items() if any(layer in one.layers for one in step.weights.values())]
+    inside = dict.fromkeys(ranks, 0.0)
     for number in range(case.config.train.micro_batches):
         outside: dict[int, float] = {}
         experts: dict[int, float] = {}
         for rank in ranks:
-            part, passed = case.steps[rank].part, case.traffic.passed[rank, layer, number]
-            kept = part.layer(passed)
-            outside[rank] = work.of_layer(part, kept).ms(device)
-            experts[rank] = work.of_experts(part, passed, kept).ms(device)
+            part, passed = case.steps[rank].part, case.traffic.passed.get((rank, layer, number))
+            kept = part.layer(layer, passed)
+            outside[rank] = work.of_layer(part, layer, kept).ms(device)
+            experts[rank] = 0.0 if passed is None else work.of_experts(part, passed, kept).ms(device)
             own_ms[rank] += outside[rank] + experts[rank]
             inside[rank] += experts[rank]
         compute += max(outside.values()) + max(experts.values())

@@ -324,7 +324,7 @@ class Trainer:
             rank=self.dp_rank,
             num_ranks=self.dp_size,
         )
-        moe_layers = self.run.model.num_layers if self.run.model.moe else 0
+        moe_layers = len(self.run.model.moe_layers())
         return evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
 
     def _save(self) -> None:

@@ -1,6 +1,6 @@
 """Watch: what a run learns of its routers while it trains, and the loss that keeps their experts equally busy.
 
-Shape letters:  L layers of the model   E experts
+Shape letters:  L MoE layers of the model   E experts
 """
 
 import torch
@@ -42,7 +42,7 @@ class RouterWatch:
         num_parts: int,
         counts_pairs: bool = True,
     ) -> None:
-        self.num_layers, experts = (model.num_layers, model.moe.num_experts) if model.moe else (0, 0)
+        self.num_layers, experts = (len(model.moe_layers()), model.moe.num_experts) if model.moe else (0, 0)
         self.load_LE = torch.zeros(self.num_layers, experts, device=device)
         self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
         self._stage, self._coefficient = stage, coefficient / num_parts

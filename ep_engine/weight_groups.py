@@ -84,14 +84,15 @@ def stage_weights(
     for i in layers:
         names = [name for name in shapes if name.startswith(f"layers.{i}.")]
         routers = [name for name in names if ".router." in name and apart]
-        norms = [name for name in names if name.endswith(("norm.weight", "shared_gate.weight")) and tp > 1]
+        alone = ("norm.weight", "shared_gate.weight", "residual.gate.weight")
+        norms = [name for name in names if name.endswith(alone) and tp > 1]
         if tp > 1 and i == model.num_layers - 1:
             norms.append("norm.weight")  # by itself as they are, and as small
         of_layer[i] = [group([name for name in names if name not in routers + norms], "dp")]
         of_layer[i] += [group([name], "stage") for name in norms]
         if routers:
             of_layer[i].append(group(routers, "stage", _FLOAT))
-        if model.moe is not None and placement is not None:
+        if model.moe_of(i) is not None and model.moe is not None and placement is not None:
             slots = placement.cut(parallel.expert_parallel_size).slots_per_rank
             width, d = model.moe.expert_hidden_size // parallel.expert_tensor_parallel_size, model.hidden_size
             edp = groups.around(rank, "edp")
@@ -113,6 +114,7 @@ def _cut(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
         "norm" in name
         or ".router." in name
         or ".shared_gate." in name
+        or ".residual.gate." in name
         or (".w_o.bias" in name or ".w_down.bias" in name)
     ):
         return shape

@@ -38,17 +38,19 @@ class Work:
         return tera * 1e-9 + self.moved / device.moved_gb_per_s * 1e-6
 
 
-def of_layer(part: Part, kept: Kept) -> Work:
+def of_layer(part: Part, layer: int, kept: Kept) -> Work:
     """A part's forward and backward through a layer, all but the experts."""
     model, recompute = part.model, part.config.train.recompute
     d, tokens, tp = model.hidden_size, part.tokens, part.tp
     again = {"none": 0.0, "selective": 0.0, "full": 1.0}[recompute]
     weights = 2 * d * (model.num_heads + model.num_kv_heads) * model.head_dim // tp
-    if model.moe is None:
-        weights += 3 * d * model.intermediate_size // tp
+    moe = model.moe_of(layer)
+    if moe is None:
+        weights += 3 * d * model.dense_size(layer) // tp
     else:
-        gate = d * model.moe.num_experts + (model.moe.num_experts**2 if model.moe.gate == "mlp" else 0)
-        weights += 3 * d * model.moe.shared_hidden_size // tp + gate // tp
+        inside = moe.gate_hidden_size or moe.num_experts
+        gate = d * inside + (0 if moe.gate == "linear" else inside * moe.num_experts)
+        weights += 3 * d * moe.beside_hidden_size // tp + gate // tp
     scores = 2 * tokens * part.config.data.sequence_length * model.num_heads * model.head_dim // tp
     return Work(
         dense=2 * tokens * weights * (PASSES + again),

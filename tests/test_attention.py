@@ -55,6 +55,25 @@ def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
     assert not torch.allclose(packed, model(tokens))
 
 
+@pytest.mark.parametrize("window", [1, 3, 16, 40])
+def test_a_window_hides_what_is_behind_it(window: int) -> None:
+    torch.manual_seed(0)
+    model = Decoder(CONFIG.model_copy(update={"sliding_window": window, "num_layers": 1}))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    tokens = torch.randint(0, 64, (3, 16))
+    whole, packed = model(tokens), model(tokens, numbers(LENGTHS))
+    for position in (0, 5, 15):
+        first = max(position - window + 1, 0)
+        rows = tokens.clone()
+        rows[:, :first] = 7
+        torch.testing.assert_close(model(rows)[:, position], whole[:, position])
+        rows[:, first] = (rows[:, first] + 1) % 64
+        assert not torch.allclose(model(rows)[:, position], whole[:, position])
+    for found, ids in zip(parts(packed, LENGTHS), parts(tokens, LENGTHS), strict=True):
+        torch.testing.assert_close(found, model(ids), rtol=1e-4, atol=1e-5)
+
+
 def test_a_batch_knows_the_document_of_every_token(tmp_path: Path) -> None:
     lengths = [5, 1, 9, 3, 6]
     write_token_file(tmp_path / "text", [torch.full((n,), i).numpy() for i, n in enumerate(lengths)], 64)

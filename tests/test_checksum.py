@@ -1,11 +1,14 @@
 """Checksums of parts, however a tensor is cut, add up to that of the whole, and any change shows."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_engine import checksum
+from ep_engine import checksum, reference
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), row=st.integers(0, 9), column=st.integers(0, 9))
@@ -20,18 +23,28 @@ def test_blocks_add_up(rows: int, columns: int, row: int, column: int) -> None:
     assert checksum.add(*parts) == checksum.checksum(whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_runs_add_up_over_the_chunks_in_which_they_are_hashed(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = torch.randn(70, 3).to(dtype)
-    expected = checksum.checksum(whole)
-    monkeypatch.setattr(checksum, "_CHUNK", 16)
-    assert checksum.checksum(whole) == expected
-    rows = [checksum.checksum(whole[:31]), checksum.checksum(whole[31:], first=93)]
-    assert checksum.add(*rows) == expected
-    columns = [checksum.checksum(whole[:, :1], pitch=3), checksum.checksum(whole[:, 1:], first=1, pitch=3)]
-    assert checksum.add(*columns) == expected
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.uint8])
+def test_it_is_the_plain_formula_over_however_many_threads(dtype: torch.dtype) -> None:
+    whole = (torch.randn(700, 101) * 9).to(dtype)
+    bits = whole.view(BITS[dtype.itemsize]).numpy().ravel()
+    places = np.arange(bits.size, dtype=np.uint64)
+    assert checksum.checksum(whole) == reference.checksum(bits, places)
+    assert checksum.checksum(whole, first=1 << 40) == reference.checksum(bits, places + np.uint64(1 << 40))
+    rows = [checksum.checksum(whole[:31]), checksum.checksum(whole[31:], first=31 * 101)]
+    assert checksum.add(*rows) == checksum.checksum(whole)
+    columns = [checksum.checksum(whole[:, :1], pitch=101), checksum.checksum(whole[:, 1:], first=1, pitch=101)]
+    assert checksum.add(*columns) == checksum.checksum(whole)
+
+
+@given(st.permutations(range(7)), st.integers(0, 7), st.sampled_from([0, 1]))
+def test_the_unordered_one_is_blind_to_order_and_to_nothing_else(order: list[int], cut: int, dim: int) -> None:
+    whole = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
+    parts = whole.index_select(dim, torch.tensor(order)).split([cut, 7 - cut], dim=dim)
+    total = checksum.unordered_checksum(whole, dim=dim)
+    assert checksum.add(*(checksum.unordered_checksum(part, dim=dim) for part in parts)) == total
+    assert checksum.unordered_checksum(whole.roll(1, dims=1 - dim), dim=dim) != total
+    twice = whole.index_select(dim, torch.tensor([0, 0, *range(2, 7)]))
+    assert checksum.unordered_checksum(twice, dim=dim) != total
 
 
 def test_a_bit_a_swap_and_a_shift_show() -> None:

@@ -20,8 +20,9 @@ from checkpoint_tools.convert import convert
 from checkpoint_tools.export import export
 from checkpoint_tools.families import family_of_config
 from checkpoint_tools.source import open_source
-from ep_engine.checkpoint import read_manifest, read_model
+from ep_engine.checkpoint import read_manifest
 from ep_engine.errors import UserError
+from ep_engine.whole_model import read_model
 from tests.small_models import all_tensors, assert_same_bits, dense_folder, edit_json, edit_weights, run_tool
 
 LLAMA3_ROPE = {
@@ -209,7 +210,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         _weights(lambda t: t.update({Q: torch.ones(32, 8)})),
         rf"{Q} .* shape \(32, 8\), .* says \(32, 32\)",
     ),
-    "integers": (_weights(lambda t: t.update({Q: torch.ones(32, 32).char()})), f"{Q} .* has dtype torch.int8"),
+    "integers": (_weights(lambda t: t.update({Q: torch.ones(32, 32).char()})), f"{Q} .* has dtype I8"),
     "config disagrees": (_config(hidden_size=16), r"embed_tokens.weight .* has shape \(64, 32\), .* says \(64, 16\)"),
     "absurd number of layers": (_config(num_hidden_layers=10**15), "speaks of 1000000000000000 layers, but .* only 21"),
     "other head though tied": (

@@ -44,7 +44,7 @@ def traffic_of(config: RunConfig, world_size: int, ids_LNK: Tensor, ranks_per_no
     layout = resolve_layout(config, world_size, config.model.checkpoint, ranks_per_node=ranks_per_node)
     assert layout.placement is not None
     groups = Groups.of(config, world_size, ranks_per_node or world_size)
-    return count_traffic(config, layout.stages, layout.placement, groups, ids_LNK, layout.model.hidden_size)
+    return count_traffic(config, layout.stages, layout.placement, groups, ids_LNK, layout.model)
 
 
 def test_four_tokens_on_two_ranks_by_hand(folder: Path) -> None:

@@ -10,14 +10,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ORDER = [
-    "errors", "output", "run_folder", "job", "progress", "machine", "checksum",  # foundations
+    "errors", "output", "run_folder", "job", "progress", "machine", "version", "deferred", "draft",  # foundations
     "stages", "model_config", "config",
-    "debug", "ops", "placement", "ledger", "reference", "message", "transport",
+    "debug", "ops", "checksum", "placement", "ledger", "reference", "message", "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
-    "recompute", "feed_forward", "entropy", "load_balance", "moe_layer", "attention", "model",  # what it is part of
-    "tokens", "corpus", "entries", "checkpoint", "saver", "initial",  # what it reads and writes
+    "recompute", "norm", "feed_forward", "entropy", "load_balance",  # what it is part of
+    "moe_layer", "attention", "model",
+    "tokens", "corpus", "entries", "checkpoint", "whole_model", "saver", "initial",  # what it reads and writes
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it

@@ -13,7 +13,17 @@ from torch import Tensor
 from checkpoint_tools.export import export
 from checkpoint_tools.families import family_of_model
 from checkpoint_tools.source import open_source
-from tests.small_models import dense_folder, edit_json, edit_weights, moe_checkpoint, routing_tables, run_tool
+from tests.small_models import (
+    SIZES,
+    all_tensors,
+    assert_same_bits,
+    dense_folder,
+    edit_json,
+    edit_weights,
+    moe_checkpoint,
+    routing_tables,
+    run_tool,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +42,7 @@ def copy(moe: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("gate", ["mlp", "linear"])
 def test_keys_are_those_of_the_published_checkpoints(gate: str, tmp_path: Path) -> None:
     config = open_source(moe_checkpoint(tmp_path / "m", dense_folder(tmp_path / "d"), gate=gate)).config
-    keys = family_of_model(config).keys(config)
+    keys = {entry: place.key for entry, place in family_of_model(config).places(config).items()}
     mlp = "model.layers.1.mlp"
     assert keys["layers.1.moe.experts.7.w_gate"] == f"{mlp}.calculator.experts.weight_gate.7"
     assert keys["layers.1.moe.experts.7.w_up"] == f"{mlp}.calculator.experts.weight_up.7"
@@ -82,7 +92,7 @@ def _spoil_list(folder: Path) -> None:
 NOISE = "model.layers.0.mlp.gate.weight_noise.weight"
 EXPERT = "model.layers.1.mlp.calculator.experts.weight_up.3"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "noise": (_config(gate_add_noise=True), "gate_add_noise is True, the engine computes only False"),
+    "no noise tensors": (_config(gate_add_noise=True), f"lacks {NOISE} and 1 more keys; "),
     "noise tensors": (_weights(lambda t: t.update({NOISE: torch.zeros(8, 32)})), f"holds {NOISE}, which"),
     "other gate": (
         _config(gate_type="SwitchBalancedGate"),
@@ -92,14 +102,26 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no softmax": (_config(gate_use_softmax=False), "gate_use_softmax is False, the engine computes only True"),
     "no scores": (_config(multiply_gate_scores=False), "multiply_gate_scores is False, the engine computes only True"),
     "weight norm": (_config(add_weight_norm=True), "add_weight_norm is True, the engine computes only False"),
-    "residual": (_config(architectures=["LlamaMoEResidualForCausalLM"]), "'LlamaMoEResidualForCausalLM'.* known are"),
-    "unequal": (_config(size_experts=[[5, 7, 6, 6, 6, 6, 6, 6]] * 2), "size_experts must be 6 for each of 8 experts"),
-    "scale per layer": (
-        _config(score_scale_factor=[4.0, 4.0]),
-        "must be one number, .* per layer is not supported yet",
+    "residual": (
+        _config(architectures=["LlamaMoEResidualForCausalLM"]),
+        r"intermediate_size_moe \(9632\) and intermediate_size_residual \(1376\), .* must add up to .* \(48\)",
     ),
-    "experts do not divide": (_config(num_experts=5), r"num_experts \(5\) must divide intermediate_size \(48\)"),
-    "gate network": (_config(gate_network="gmm"), "gate: .* 'linear' or 'mlp', got 'gmm'"),
+    "no head": (_config(architectures=["LlamaMoEModel"]), r"architectures is \['LlamaMoEModel'\], known are"),
+    "sizes that do not add up": (
+        _config(size_experts=[[5, 6, 6, 6, 6, 6, 6, 6]] * 2),
+        "size_experts must have 2 rows of 8 sizes that add up to 48",
+    ),
+    "other sizes than weights": (
+        _config(size_experts=[[5, 7, 6, 6, 6, 6, 6, 6]] * 2),
+        r"experts.weight_gate.0 .* has shape \(6, 32\), config.json says \(5, 32\)",
+    ),
+    "scales of another model": (_config(score_scale_factor=[4.0] * 3), "moe.score_scale has 3 layers, the model has 2"),
+    "scale of words": (_config(score_scale_factor="4"), "score_scale_factor must be a number, or a list with one"),
+    "experts do not divide": (
+        _config(num_experts=5, size_experts=None),
+        r"num_experts \(5\) must divide their width \(48\)",
+    ),
+    "gate network": (_config(gate_network="gmm"), "gate: .* 'linear', 'mlp', .* got 'gmm'"),
     "T too large": (_config(top_t=8), r"routing.top_t \(8\) must be in k-1..E-1 = 1..7"),
     "T too small": (_config(top_t=0), r"routing.top_t \(0\) must be in k-1..E-1 = 1..7"),
     "no permutation": (_spoil_list, "collaboration list of layer 1, expert 2 must be a permutation of 0..7"),
@@ -131,3 +153,90 @@ def test_inspect_counts_active_parameters(moe: Path, capsys: pytest.CaptureFixtu
     assert report["config"]["moe"]["routing"]["rule"] == "c2r"
     assert run_tool("inspect", moe) == 0
     assert "LlamaMoEForCausalLM, 2 layers, 8 experts, top-2, c2r" in capsys.readouterr().out
+
+
+def _gated(t: dict[str, Tensor]) -> None:
+    for layer in range(2):
+        t[f"model.layers.{layer}.mlp.gate.weight_noise.weight"] = torch.randn(8, 32)
+
+
+def _unequal(t: dict[str, Tensor]) -> None:
+    """Moves the last neuron of expert 0 of each layer to expert 1."""
+    for layer in range(2):
+        at = f"model.layers.{layer}.mlp.calculator.experts"
+        for name, dim in (("weight_gate", 0), ("weight_up", 0), ("weight_down", 1)):
+            first, second = t[f"{at}.{name}.0"], t[f"{at}.{name}.1"]
+            t[f"{at}.{name}.1"] = torch.cat([second, first.narrow(dim, 5, 1)], dim=dim)
+            t[f"{at}.{name}.0"] = first.narrow(dim, 0, 5).contiguous()
+
+
+VARIANTS: dict[str, Callable[[Path], None]] = {
+    "noise": lambda f: (_config(gate_add_noise=True)(f), _weights(_gated)(f)),  # type: ignore[func-returns-value]
+    "unequal": lambda f: (_config(size_experts=[[5, 7, *[6] * 6]] * 2)(f), _weights(_unequal)(f)),  # type: ignore[func-returns-value]
+    "scales": _config(score_scale_factor=[4.0, 2.5]),
+    "rotary buffers": _weights(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_variants_are_read_run_and_written_back(name: str, copy: Path, tmp_path: Path) -> None:
+    VARIANTS[name](copy)
+    assert run_tool("convert", copy, tmp_path / "engine") == 0
+    assert run_tool("verify", copy, tmp_path / "engine") == 0  # our modeling file against the engine
+    assert run_tool("export", tmp_path / "engine", tmp_path / "back") == 0
+    before = {key: tensor for key, tensor in all_tensors(copy).items() if "inv_freq" not in key}
+    assert_same_bits(before, all_tensors(tmp_path / "back"))
+    assert run_tool("verify", tmp_path / "engine", tmp_path / "back") == 0
+
+
+def residual_folder(folder: Path) -> Path:
+    """A model of 6 routed and 2 residual experts of 6 neurons, under the published names."""
+    from checkpoint_tools.hf_modeling.configuration_llama_moe import LlamaMoEResidualConfig
+    from checkpoint_tools.hf_modeling.modeling_llama_moe import LlamaMoEResidualForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size_moe": 36, "intermediate_size_residual": 12, "num_experts": 6, "num_selects": 2}
+    config = LlamaMoEResidualConfig(
+        **sizes, num_experts_residual=2, score_scale_factor=3.0, score_scale_factor_residual=2.0
+    )
+    LlamaMoEResidualForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_residual_models_have_the_published_keys_and_come_back(tmp_path: Path) -> None:
+    folder = residual_folder(tmp_path / "hf")
+    keys = {key.replace("layers.1.", "layers.{i}.") for key in all_tensors(folder) if "layers.1.mlp" in key}
+    mlp = "model.layers.{i}.mlp"
+    assert f"{mlp}.residual_block.gate.gate_network.weight" in keys
+    assert f"{mlp}.residual_block.calculator.experts.weight_gate.1" in keys
+    assert f"{mlp}.moe_layer.gate.weight_noise.weight" in keys
+    assert f"{mlp}.moe_layer.calculator.experts.weight_down.5" in keys
+    assert run_tool("convert", folder, tmp_path / "engine") == 0
+    assert run_tool("verify", folder, tmp_path / "engine") == 0
+    assert run_tool("export", tmp_path / "engine", tmp_path / "back") == 0
+    assert_same_bits(all_tensors(folder), all_tensors(tmp_path / "back"))
+    assert run_tool("verify", folder, tmp_path / "back") == 0
+
+
+def test_a_residual_layer_is_the_sum_of_the_specification(tmp_path: Path) -> None:
+    """specs/llama_moe.md 3.6: y = MoE(x) + sum over j of softmax(W x)_j * factor * FFN_j(x)."""
+    from ep_engine.model import Decoder
+    from ep_engine.parallelize import entries_of
+
+    source = open_source(residual_folder(tmp_path / "hf"))
+    model = Decoder(source.config)
+    for name, shard in entries_of([model]).items():
+        shard.tensor.copy_(source.tensors[name])
+    layer = model.moe_layers()[1]
+    x = torch.randn(5, 32)
+    whole, _ = layer(x)
+    residual, layer.residual = layer.residual, None
+    routed, _ = layer(x)
+    assert residual is not None
+    at = "layers.1.moe.residual"
+    shares = torch.softmax(x @ source.tensors[f"{at}.gate.weight"].T, dim=1)
+    expected = torch.zeros_like(x)
+    for j in range(2):
+        gate, up, down = (source.tensors[f"{at}.each.{j}.{n}.weight"] for n in ("w_gate", "w_up", "w_down"))
+        expected += shares[:, j, None] * 2.0 * ((torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    torch.testing.assert_close(whole - routed, expected, rtol=1e-4, atol=1e-5)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from benchmarks.memory import LAYOUTS, MODEL, compared, config_of, make_files, measure
 from ep_engine.activations import Part
+from ep_engine.attention import Positions
 from ep_engine.config import RunConfig
 from ep_engine.expert_traffic import Groups, Passed
 from ep_engine.memory import Step, Tape
-from ep_engine.model import DecoderLayer, Rotary
+from ep_engine.model import DecoderLayer
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.plan_run import plan_run
 from ep_engine.resolve import resolve_layout
@@ -63,17 +64,20 @@ def test_weights_of_a_layer_are_grouped_as_they_are_wrapped(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("separate", [False, True])
-def test_a_dense_layer_keeps_what_autograd_saves(dtype: str, separate: bool, folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "separate", "qk_norm head", "qk_norm all", "window"])
+def test_a_dense_layer_keeps_what_autograd_saves(dtype: str, kind: str, folder: Path) -> None:
+    separate = kind == "separate"
     config = small(folder, "dense", train={"dtype": dtype}, data={"separate_documents": separate})
     rows, length = config.data.batch_size, config.data.sequence_length
-    layer = DecoderLayer(DENSE, 0, Rotary(DENSE)).to(getattr(torch, dtype))
+    norm = kind.removeprefix("qk_norm ") if kind.startswith("qk_norm") else None
+    model = DENSE.model_copy(update={"qk_norm": norm, "sliding_window": 5 if kind == "window" else None})
+    layer = DecoderLayer(model, 0, Positions(model)).to(getattr(torch, dtype))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(rows, length, 32, dtype=getattr(torch, dtype), requires_grad=True)
     apart = torch.ones(rows, 1, length, length, dtype=torch.bool).tril() if separate else None
     known = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
-    known |= {table.untyped_storage()._cdata for table in layer.attention.rotary.table(length, x.device)}
+    known |= {table.untyped_storage()._cdata for table in layer.attention.positions.table(length, x.device)}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -83,13 +87,13 @@ def test_a_dense_layer_keeps_what_autograd_saves(dtype: str, separate: bool, fol
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x, apart)
     found = sum(storage.nbytes() for key, storage in saved.items() if key not in known)
-    assert Part(config, DENSE, 1).layer(None).total == found
+    assert Part(config, model, 1).layer(0, None).total == found
 
 
 def test_a_layer_of_experts_by_hand(folder: Path) -> None:
     config = small(folder, "moe", parallel={"expert_parallel_size": 2})
     part = Part(config, MOE, 2)  # 4 rows of 16 tokens
-    kept = part.layer(Passed(rows=70, copies=90, sent=30, width=2))
+    kept = part.layer(0, Passed(rows=70, copies=90, sent=30, width=2))
     hidden = 64 * 32 * 4
     assert kept.residual == 2 * hidden
     assert (

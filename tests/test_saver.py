@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_engine import checkpoint
 from ep_engine.checkpoint import read_manifest
 from ep_engine.config import RunConfig
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.errors import Fault
 from ep_engine.model_config import read_model_config
 from ep_engine.saver import Saver
+from ep_engine.whole_model import read_model
 from tests.distributed import run_ranks
 from tests.run_cases import moe_model, small_run, train_here, write_text
 
@@ -93,8 +93,8 @@ def _save_twice(rank: int, world_size: int, folder: Path) -> None:
     assert heard == ["the save at step 2 waits for the one before: train.save_every is short"]
     assert saver.last == folder / "twice/checkpoints/step_000004"
     for step in range(1, 5):
-        _, tensors = checkpoint.read_model(folder / f"twice/checkpoints/step_{step:06}")
-        assert all((tensor == step).all() and tensor.dtype == torch.bfloat16 for _, tensor in tensors)
+        _, tensors = read_model(folder / f"twice/checkpoints/step_{step:06}")
+        assert all((tensor == step).all() and tensor.dtype == torch.bfloat16 for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("full", [0, 1])
@@ -135,7 +135,7 @@ def test_the_end_of_a_run_waits_for_its_save(folder: Path) -> None:
 
 def test_a_run_that_ends_badly_completes_the_save_under_way(folder: Path) -> None:
     run_ranks(_end_badly, folder, world_size=1)
-    checkpoint.read_model(folder / "bad/checkpoints/step_000001")
+    dict(read_model(folder / "bad/checkpoints/step_000001")[1])
 
 
 def _end_badly(rank: int, world_size: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The expert that every token goes through: transformers' Qwen2-MoE, and the run of one process in every layout."""
+"""What stands beside experts, and layers without them: transformers' Qwen2-MoE, and one process in every layout."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from benchmarks.qwen2_moe import engine_views, model_config
 from checkpoint_tools.source import open_source
-from ep_engine.checkpoint import write_model
 from ep_engine.config import RunConfig
-from ep_engine.entries import expected_entries
+from ep_engine.entries import Shard, expected_entries
+from ep_engine.initial import initialise
 from ep_engine.model import Decoder
-from ep_engine.model_config import MoEConfig
+from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.parallelize import entries_of
+from ep_engine.whole_model import write_model
 from tests.distributed import run_ranks
 from tests.run_cases import losses, small_run, train_here, write_text
 from tests.small_models import run_tool
@@ -89,11 +90,45 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+# All that a layer may have: no experts in the first, norms of queries and keys, a window, residual experts.
+MIXED = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    attention_bias="qkv",
+    qk_norm="head",
+    sliding_window=5,
+    initializer_range=0.2,
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=3,
+        expert_hidden_size=16,
+        gate="mlp_gelu",
+        gate_hidden_size=10,
+        gate_noise=True,
+        score="softmax",
+        residual_experts=2,
+        residual_hidden_size=12,
+        residual_scale=2.0,
+    ),
+    dense_layers={0: 40},
+)
+
+
+@pytest.fixture(scope="module", params=["qwen2_moe", "mixed"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token files and the model as an engine checkpoint."""
-    folder = write_text(tmp_path_factory.mktemp("shared"))
-    write_model(folder / "model", CONFIG, engine_views(oracle()))
+    folder = write_text(tmp_path_factory.mktemp(request.param))
+    if request.param == "qwen2_moe":
+        write_model(folder / "model", CONFIG, engine_views(oracle()))
+    else:
+        tensors = {name: torch.empty(shape) for name, shape in expected_entries(MIXED).items()}
+        initialise({name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()}, MIXED, seed=0)
+        write_model(folder / "model", MIXED, tensors)
     return folder
 
 
@@ -126,16 +161,23 @@ def test_every_layout_gives_the_run_of_one_process(name: str, folder: Path, sing
         torch.testing.assert_close(many[weight], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_a_family_without_it_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weighed = CONFIG.model_copy(
-        update={"moe": MoEConfig(num_experts=8, top_k=3, expert_hidden_size=16, gate="linear", score="softmax")}
-    )
-    tensors = {name: torch.zeros(shape) for name, shape in expected_entries(weighed).items()}
-    write_model(tmp_path / "weighed", weighed, tensors)
-    for source, sentence in (
-        (folder / "model", "LlamaMoEForCausalLM has no name for layers.0.moe.shared.w_gate.weight; the model cannot"),
-        (tmp_path / "weighed", "the model weighs its experts by softmax, LLaMA-MoE by softmax_of_chosen; it cannot"),
+def test_what_has_no_part_in_training_stays(folder: Path, single: RunConfig) -> None:
+    before = open_source(folder / "model").tensors
+    after = open_source(single.output.folder / "checkpoints/step_000010").tensors
+    same = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    assert same == {name for name in before if name.endswith("w_noise")}
+
+
+def test_a_family_without_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for config, sentence in (
+        (CONFIG, "LlamaMoEForCausalLM cannot express moe.score 'softmax' of the model, it would be read as"),
+        (
+            MIXED,
+            "LlamaMoEResidualForCausalLM cannot express the model (its config.json: moe.gate_hidden_size (0) must be",
+        ),
     ):
-        assert run_tool("export", source, tmp_path / "hf") == 2
+        tensors = {name: torch.zeros(shape) for name, shape in expected_entries(config).items()}
+        write_model(tmp_path / "model", config, tensors, overwrite=True)
+        assert run_tool("export", tmp_path / "model", tmp_path / "hf") == 2
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "hf").exists()

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ep_engine import work
 from ep_engine.activations import Part
-from ep_engine.attention import Rotary
+from ep_engine.attention import Positions
 from ep_engine.cluster import Cluster, make_cluster, read_cluster
 from ep_engine.config import RunConfig
 from ep_engine.errors import UserError
@@ -123,7 +123,7 @@ def test_operations_of_a_layer_are_those_torch_counts(folder: Path) -> None:
     model = read_model_config(folder / "moe" / "model.json")
     config = run_of(folder, 1)
     part = Part(config, model, 1)
-    layer = DecoderLayer(model, 0, Rotary(model))
+    layer = DecoderLayer(model, 0, Positions(model))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(part.rows, 16, model.hidden_size, requires_grad=True)
@@ -131,15 +131,15 @@ def test_operations_of_a_layer_are_those_torch_counts(folder: Path) -> None:
         layer(x)[0].sum().backward()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "scaled_dot_product" not in str(op))
-    kept = part.layer(Passed(rows=part.tokens, copies=2 * part.tokens, sent=0, width=2))
-    found = work.of_layer(part, kept)
+    kept = part.layer(0, Passed(rows=part.tokens, copies=2 * part.tokens, sent=0, width=2))
+    found = work.of_layer(part, 0, kept)
     # The router's products are an op of ours, which torch does not count, and so are the experts'.
     assert model.moe is not None
     gate = model.hidden_size * model.moe.num_experts + model.moe.num_experts**2
     assert found.dense - 6 * part.tokens * gate <= products <= found.dense
     experts = work.of_experts(part, Passed(rows=9, copies=10, sent=0, width=2), kept)
     assert experts.experts == 3 * 10 * 2 * 3 * model.hidden_size * model.moe.expert_hidden_size
-    twice = work.of_layer(Part(run_of(folder, 1, train={"recompute": "full"}), model, 1), kept)
+    twice = work.of_layer(Part(run_of(folder, 1, train={"recompute": "full"}), model, 1), 0, kept)
     assert twice.dense == pytest.approx(found.dense * 4 / 3)
 
 

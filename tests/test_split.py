@@ -17,8 +17,9 @@ from torch import Tensor
 
 from checkpoint_tools.convert import convert
 from checkpoint_tools.export import export
+from checkpoint_tools.partition import random_partition
 from checkpoint_tools.source import open_source
-from checkpoint_tools.split import SplitOptions, check_identity, random_partition, split
+from checkpoint_tools.split import SplitOptions, check_experts, cut_experts, split
 from ep_engine.checkpoint import read_manifest
 from ep_engine.errors import Fault
 from tests.small_models import dense_folder, edit_json, edit_weights, moe_checkpoint, run_tool
@@ -104,19 +105,20 @@ def test_the_same_seed_gives_the_same_model_from_either_kind_of_source(dense: Pa
     assert sums["a"][expert] != sums["other seed"][expert]
 
 
-def test_the_identity_check_finds_a_lost_and_a_changed_neuron() -> None:
+def test_the_check_of_experts_finds_a_lost_and_a_changed_neuron() -> None:
     generator = torch.Generator().manual_seed(0)
     ffn = {name: torch.randn(12, 8, generator=generator) for name in ("w_gate", "w_up")}
     ffn["w_down"] = torch.randn(8, 12, generator=generator)
     partition = random_partition(12, 3, seed=0, layer=0)
-    experts = [{n: ffn[n][:, p] if n == "w_down" else ffn[n][p] for n in ffn} for p in partition]
-    check_identity(ffn, experts, partition, layer=5)
+    check_experts(ffn, cut_experts(ffn, partition), layer=5)
     twice = [partition[0], partition[0], partition[2]]
-    with pytest.raises(Fault, match="partition of layer 5 does not hold each of 12 neurons once"):
-        check_identity(ffn, experts, twice, layer=5)
-    experts[1]["w_up"][2, 3] += 1e-3
-    with pytest.raises(Fault, match="layer 5 with all experts on differs from the dense layer"):
-        check_identity(ffn, experts, partition, layer=5)
+    with pytest.raises(Fault, match="experts of layer 5 do not have every neuron of w_gate once"):
+        check_experts(ffn, cut_experts(ffn, twice), layer=5)
+    for name, at in (("w_up", (2, 3)), ("w_down", (3, 2))):
+        experts = cut_experts(ffn, partition)
+        experts[1][name][at] = torch.nextafter(experts[1][name][at], torch.tensor(9.0))
+        with pytest.raises(Fault, match=f"do not have every neuron of {name} once and unchanged"):
+            check_experts(ffn, experts, layer=5)
 
 
 @pytest.mark.parametrize(("metric", "on"), [("l2", "up_proj"), ("cos", "gate_proj")])
@@ -268,7 +270,7 @@ BAD_OPTIONS = {
     "no experts": (["--num-experts", 0, "--top-k", 2], r"--num-experts \(0\) must divide"),
     "too many selected": (["--num-experts", 4, "--top-k", 5], r"moe.top_k \(5\) must be in 1..moe.num_experts \(4\)"),
     "none selected": (["--num-experts", 4, "--top-k", 0], r"moe.top_k \(0\) must be in 1"),
-    "unknown gate": (["--num-experts", 4, "--top-k", 2, "--gate", "gmm"], "gate: .* 'linear' or 'mlp', got 'gmm'"),
+    "unknown gate": (["--num-experts", 4, "--top-k", 2, "--gate", "gmm"], "gate: .* 'linear', 'mlp', .* got 'gmm'"),
     "unknown method": (
         ["--num-experts", 4, "--top-k", 2, "--method", "x"],
         "Invalid value for '--method': 'x' is not one of 'random', 'clustering', ",
@@ -308,5 +310,5 @@ def test_nan_weights_are_a_fault_and_leave_nothing(tmp_path: Path, capsys: pytes
     source = dense_folder(tmp_path / "dense")
     edit_weights(source, lambda t: t["model.layers.1.mlp.up_proj.weight"][0].fill_(float("nan")))
     assert run_tool("split", source, tmp_path / "x", "--num-experts", 4, "--top-k", 2) == 1
-    assert "layer 1 with all experts on differs" in capsys.readouterr().err
+    assert "outputs first differ at layer 1" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

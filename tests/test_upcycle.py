@@ -58,7 +58,10 @@ REFUSED = {
         "--granularity (2) must divide --top-k (3)",
     ),
     "too many": (["--num-experts", 4, "--top-k", 5], "moe.top_k (5) must be in 1..moe.num_experts (4)"),
-    "a gate": (["--num-experts", 4, "--top-k", 2, "--gate", "gmm"], "'linear' or 'mlp', got 'gmm'"),
+    "a gate": (
+        ["--num-experts", 4, "--top-k", 2, "--gate", "gmm"],
+        "'gmm' is not one of 'linear', 'mlp', 'mlp_gelu', 'cosine'",
+    ),
 }
 
 

@@ -1,8 +1,8 @@
 """LLaMA: any dense `LlamaForCausalLM`."""
 
-from checkpoint_tools.family import DECODER_FIELDS, Family, Field
+from checkpoint_tools.families.family import ATTENTION_BIAS, DECODER_FIELDS, Family, Field, Names
 
-ATTENTION_NAMES = {
+ATTENTION_NAMES: Names = {
     "embed": "model.embed_tokens",
     "layers.{i}.attention_norm": "model.layers.{i}.input_layernorm",
     "layers.{i}.attention.w_q": "model.layers.{i}.self_attn.q_proj",
@@ -13,8 +13,12 @@ ATTENTION_NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-
-_NAMES = ATTENTION_NAMES | {
+QK_NORM_NAMES: Names = {
+    "layers.{i}.attention.q_norm": "model.layers.{i}.self_attn.q_norm",
+    "layers.{i}.attention.k_norm": "model.layers.{i}.self_attn.k_norm",
+}
+DENSE_NAMES: Names = {
+    **ATTENTION_NAMES,
     "layers.{i}.ffn.w_gate": "model.layers.{i}.mlp.gate_proj",
     "layers.{i}.ffn.w_up": "model.layers.{i}.mlp.up_proj",
     "layers.{i}.ffn.w_down": "model.layers.{i}.mlp.down_proj",
@@ -24,7 +28,8 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     transformers_class="transformers:LlamaForCausalLM",
-    names=lambda _: _NAMES,
-    fields=(*DECODER_FIELDS, Field("mlp_bias", "mlp_bias", bool, False)),
+    names=lambda _: DENSE_NAMES,
+    fields=(*DECODER_FIELDS, ATTENTION_BIAS, Field("mlp_bias", "mlp_bias", bool, False)),
     fixed={"hidden_act": ("silu", "silu")},
+    is_ours=lambda config: "expert_top_k" not in config,
 )

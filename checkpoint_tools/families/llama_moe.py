@@ -1,148 +1,231 @@
-"""LLaMA-MoE v1 and C2R: the names and fields of the published models, without residual experts.
+"""LLaMA-MoE v1 and C2R: the names and fields of the published models, and of those with residual experts.
 
 Names: state dict of the released checkpoints. Fields `top_t` and `collaborative_list` are C2R's; `routing_rule`,
-`max_devices`, `device_of_expert` and `num_groups` are ours and missing in published files.
+`max_devices`, `device_of_expert`, `num_groups`, `dense_layers` and `attention_output_bias` are ours and missing in
+published files.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from checkpoint_tools.family import Family
-from checkpoint_tools.llama import ATTENTION_NAMES
+from checkpoint_tools.families.family import ATTENTION_BIAS, DECODER_FIELDS, Family, Field, Names, read_fields
+from checkpoint_tools.families.llama import DENSE_NAMES
+from checkpoint_tools.families.mixture import WHERE
+from checkpoint_tools.families.routing import ROUTING_KEYS, read_routing, write_routing
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig
+from ep_engine.model_config import ModelConfig, MoEConfig
 
 _MLP = "model.layers.{i}.mlp"
-_NAMES = ATTENTION_NAMES | {
-    "layers.{i}.moe.experts.{e}.w_gate": f"{_MLP}.calculator.experts.weight_gate.{{e}}",
-    "layers.{i}.moe.experts.{e}.w_up": f"{_MLP}.calculator.experts.weight_up.{{e}}",
-    "layers.{i}.moe.experts.{e}.w_down": f"{_MLP}.calculator.experts.weight_down.{{e}}",
-}
-_GATE_NAMES = {
-    "linear": {"layers.{i}.moe.router.w_in": f"{_MLP}.gate.gate_network.weight"},
-    "mlp": {
-        "layers.{i}.moe.router.w_in": f"{_MLP}.gate.gate_network.0.weight",
-        "layers.{i}.moe.router.w_out": f"{_MLP}.gate.gate_network.2.weight",
-    },
-}
+_FIELDS = (
+    Field("num_experts", "num_experts", int, 16),
+    Field("num_selects", "top_k", int, 4),
+    Field("gate_add_noise", "gate_noise", bool, True),
+)
+_RESIDUAL_FIELDS = (
+    Field("intermediate_size_moe", "moe_size", int, 9632),
+    Field("intermediate_size_residual", "residual_size", int, 1376),
+    Field("num_experts_residual", "residual_experts", int, 2),
+    Field("score_scale_factor_residual", "residual_scale", float, 1.0),
+)
 
 
-def names(model: ModelConfig) -> dict[str, str]:
-    """Entry -> key; the gate's keys depend on its kind."""
-    assert model.moe is not None, "a model of this family has MoE layers"
-    return _NAMES | _GATE_NAMES[model.moe.gate]
+def _moe_names(model: ModelConfig, at: str) -> Names:
+    """Names of a router and of experts below `at`; the gate's depend on its kind."""
+    gate = model.moe.gate if model.moe else ""
+    experts: Names = {
+        "layers.{i}.moe.experts.{e}.w_gate": f"{at}.calculator.experts.weight_gate.{{e}}",
+        "layers.{i}.moe.experts.{e}.w_up": f"{at}.calculator.experts.weight_up.{{e}}",
+        "layers.{i}.moe.experts.{e}.w_down": f"{at}.calculator.experts.weight_down.{{e}}",
+        "layers.{i}.moe.router.w_noise": f"{at}.gate.weight_noise.weight",
+    }
+    w_in = f"{at}.gate.gate_network.weight" if gate == "linear" else f"{at}.gate.gate_network.0.weight"
+    w_out = {"layers.{i}.moe.router.w_out": f"{at}.gate.gate_network.2.weight"} if gate == "mlp" else {}
+    return {**DENSE_NAMES, **experts, "layers.{i}.moe.router.w_in": w_in, **w_out}
 
 
-def read_moe(config: Mapping[str, Any], model: ModelConfig) -> MoEConfig:
-    """The MoE part of config.json.
+def _residual_names(model: ModelConfig) -> Names:
+    at = f"{_MLP}.residual_block"
+    return {
+        **_moe_names(model, f"{_MLP}.moe_layer"),
+        "layers.{i}.moe.residual.gate": f"{at}.gate.gate_network",
+        # Bare parameters: their keys have no `.weight`.
+        "layers.{i}.moe.residual.each.{e}.w_gate.weight": f"{at}.calculator.experts.weight_gate.{{e}}",
+        "layers.{i}.moe.residual.each.{e}.w_up.weight": f"{at}.calculator.experts.weight_up.{{e}}",
+        "layers.{i}.moe.residual.each.{e}.w_down.weight": f"{at}.calculator.experts.weight_down.{{e}}",
+    }
 
-    Raises:
-        UserError: experts of unequal size, a scale per layer, or a value of the wrong kind.
-    """
-    num_experts, top_k = config.get("num_experts", 16), config.get("num_selects", 4)
-    for key, value in (("num_experts", num_experts), ("num_selects", top_k)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{key} must be a whole number of at least 1, got {value!r}; correct the file")
-    scale = config.get("score_scale_factor", 1.0)
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+
+def _read(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Fields of ModelConfig; UserError for a value of the wrong kind or sizes that do not add up."""
+    return _read_moe(config, model, model.intermediate_size, {})
+
+
+def _read_residual(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    given = read_fields(config, _RESIDUAL_FIELDS, WHERE)
+    moe_size, residual_size = given.pop("moe_size"), given.pop("residual_size")
+    count = given["residual_experts"]
+    if moe_size + residual_size != model.intermediate_size or residual_size % count:
         raise UserError(
-            f"score_scale_factor must be one number, got {scale!r}; a factor per layer is not supported yet"
+            f"intermediate_size_moe ({moe_size}) and intermediate_size_residual ({residual_size}), in {count} equal "
+            f"experts, must add up to intermediate_size ({model.intermediate_size}); correct the file"
         )
-    lists = config.get("collaborative_list")
-    rule = config.get("routing_rule") or ("topk" if lists is None else "c2r")
-    return MoEConfig(
-        num_experts=num_experts,
-        top_k=top_k,
-        expert_hidden_size=_expert_size(config.get("size_experts"), num_experts, model),
+    size = residual_size // count
+    given_sizes = config.get("size_experts_residual")
+    if given_sizes is not None and given_sizes != [[size] * count] * model.num_layers:
+        raise UserError(
+            f"size_experts_residual must be {size} for each of {count} residual experts in every layer, got "
+            f"{str(given_sizes)[:60]}; unequal ones cannot be read"
+        )
+    return _read_moe(config, model, moe_size, {**given, "residual_hidden_size": size})
+
+
+def _read_moe(
+    config: Mapping[str, Any], model: ModelConfig, moe_size: int, residual: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = read_fields(config, _FIELDS, WHERE)
+    dense = _dense_layers(config.get("dense_layers"))
+    sizes = _expert_sizes(config.get("size_experts"), values["num_experts"], model.num_layers - len(dense), moe_size)
+    largest = max(max(row) for row in sizes)
+    equal = all(size == largest for row in sizes for size in row)
+    moe = MoEConfig(
+        **values,
+        **residual,
+        expert_hidden_size=largest,
+        expert_sizes=None if equal else sizes,
         gate=config.get("gate_network", "mlp"),
-        score_scale=scale,
-        routing=RoutingConfig(
-            rule=rule,  # type: ignore[arg-type]
-            top_t=config.get("top_t"),
-            lists=lists,
-            max_devices=config.get("max_devices"),
-            device_of_expert=config.get("device_of_expert"),
-            num_groups=config.get("num_groups"),
-        ),
+        score_scale=_scale(config.get("score_scale_factor", 1.0)),
+        routing=read_routing(config),
     )
+    outer = config.get("attention_output_bias", True)
+    bias: bool | str = "qkv" if model.attention_bias is True and outer is False else model.attention_bias
+    return {"moe": moe, "dense_layers": dense, "attention_bias": bias}
 
 
-def _expert_size(size_experts: Any, num_experts: int, model: ModelConfig) -> int:
-    """F from `size_experts`, a list of E sizes per layer, or null for equal shares of intermediate_size."""
-    n = model.intermediate_size
-    if n % num_experts:
+def _scale(scale: Any) -> float | list[float]:
+    each = scale if isinstance(scale, list) else [scale]
+    numbers = (isinstance(one, (int, float)) and not isinstance(one, bool) and math.isfinite(one) for one in each)
+    if not each or not all(numbers):
         raise UserError(
-            f"num_experts ({num_experts}) must divide intermediate_size ({n}); unequal experts are not supported yet"
+            f"score_scale_factor must be a number, or a list with one for every layer, got {scale!r}; correct the file"
         )
-    share = n // num_experts
-    if size_experts is not None and not _all_equal(size_experts, (model.num_layers, num_experts), share):
+    return scale if isinstance(scale, list) else float(scale)
+
+
+def _dense_layers(given: Any) -> dict[int, int]:
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(k.isdigit() and isinstance(v, int) for k, v in given.items()):
+        raise UserError(f"dense_layers must name layers and the widths of their FFNs, got {given!r}; correct the file")
+    return {int(layer): width for layer, width in given.items()}
+
+
+def _expert_sizes(given: Any, num_experts: int, num_layers: int, total: int) -> list[list[int]]:
+    """[L][E] from `size_experts`, or equal shares of the width of all experts for null."""
+    if given is None:
+        if total % num_experts:
+            raise UserError(
+                f"num_experts ({num_experts}) must divide their width ({total}) where size_experts is not given; "
+                "correct the file"
+            )
+        return [[total // num_experts] * num_experts] * num_layers
+    rows = given if isinstance(given, list) and len(given) == num_layers else []
+    whole = (isinstance(row, list) and all(isinstance(n, int) and n >= 1 for n in row) for row in rows)
+    if not rows or not all(whole) or any(len(row) != num_experts or sum(row) != total for row in rows):
         raise UserError(
-            f"size_experts must be {share} for each of {num_experts} experts in each of {model.num_layers} layers, "
-            f"got {str(size_experts)[:60]}...; unequal experts are not supported yet"
+            f"size_experts must have {num_layers} rows of {num_experts} sizes that add up to {total}, got "
+            f"{str(given)[:60]}; correct the file"
         )
-    return share
+    return rows
 
 
-def _all_equal(rows: Any, shape: tuple[int, int], value: int) -> bool:
-    if not isinstance(rows, list) or len(rows) != shape[0]:
-        return False
-    return all(isinstance(row, list) and len(row) == shape[1] and all(x == value for x in row) for row in rows)
-
-
-def write_moe(model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
-    """The keys that `read_moe` reads; those of a rule that is not used are left out.
-
-    Raises:
-        UserError: the model has what this family has not.
-    """
-    routing = moe.routing
-    if moe.score != "softmax_of_chosen" or moe.renormalise:
-        raise UserError(
-            f"the model weighs its experts by {moe.score}{', renormalised' if moe.renormalise else ''}, LLaMA-MoE by "
-            "softmax_of_chosen; it cannot be exported to that family"
-        )
-    config: dict[str, Any] = {
-        "intermediate_size": moe.num_experts * moe.expert_hidden_size,
-        "num_experts": moe.num_experts,
-        "num_selects": moe.top_k,
-        "size_experts": [[moe.expert_hidden_size] * moe.num_experts] * model.num_layers,
+def _write(model: ModelConfig) -> dict[str, Any]:
+    """The keys that `_read` reads."""
+    moe = model.moe
+    if moe is None:
+        raise UserError("LLaMA-MoE has experts in its layers, this model is dense; choose another family with --family")
+    equal = [[moe.expert_hidden_size] * moe.num_experts] * len(model.moe_layers())
+    sizes = moe.expert_sizes or equal
+    config: dict[str, Any] = {f.key: getattr(moe, f.name) for f in _FIELDS}
+    config |= {
+        "intermediate_size": sum(sizes[0]),
+        "size_experts": sizes,
         "gate_network": moe.gate,
         "score_scale_factor": moe.score_scale,
-        "routing_rule": routing.rule,
+        "attention_bias": bool(model.attention_bias),
     }
-    if routing.rule == "group_limited":
-        config |= {"num_groups": routing.num_groups, "max_devices": routing.max_devices}
-    if routing.rule in ("c2r", "c2r_grouped"):
-        config |= {"top_t": routing.top_t, "collaborative_list": routing.lists}
-    if routing.rule == "c2r_grouped":
-        config |= {"max_devices": routing.max_devices, "device_of_expert": routing.device_of_expert}
-    return config
+    if model.attention_bias == "qkv":
+        config["attention_output_bias"] = False
+    if model.dense_layers:
+        config["dense_layers"] = {str(layer): width for layer, width in sorted(model.dense_layers.items())}
+    return config | {"routing_rule": moe.routing.rule} | write_routing(moe.routing)
 
 
-FAMILY = Family(
+def _write_residual(model: ModelConfig) -> dict[str, Any]:
+    config, moe = _write(model), model.moe
+    assert moe is not None, "just written"
+    residual = moe.residual_experts * moe.residual_hidden_size
+    return config | {
+        "intermediate_size_moe": config["intermediate_size"],
+        "intermediate_size_residual": residual,
+        "intermediate_size": config["intermediate_size"] + residual,
+        "num_experts_residual": moe.residual_experts,
+        "score_scale_factor_residual": moe.residual_scale,
+    }
+
+
+_FIXED = {
+    "hidden_act": ("silu", "silu"),
+    "gate_type": ("TopKBalancedNoisyGate", "TopKBalancedNoisyGate"),
+    "calculator_type": ("UniversalCalculator", "UniversalCalculator"),
+    "gate_use_softmax": (True, True),
+    "multiply_gate_scores": (True, True),
+    "add_weight_norm": (False, False),
+}
+_MODELING = "checkpoint_tools.hf_modeling.modeling_llama_moe"
+
+LLAMA_MOE = Family(
     architecture="LlamaMoEForCausalLM",
     model_type="llama_moe",
-    transformers_class="checkpoint_tools.hf_modeling.modeling_llama_moe:LlamaMoEForCausalLM",
-    names=names,
-    fixed={
-        "hidden_act": ("silu", "silu"),
-        "gate_type": ("TopKBalancedNoisyGate", "TopKBalancedNoisyGate"),
-        "calculator_type": ("UniversalCalculator", "UniversalCalculator"),
-        "gate_use_softmax": (True, True),
-        "gate_add_noise": (False, True),
-        "multiply_gate_scores": (True, True),
-        "add_weight_norm": (False, False),
-    },
-    moe_keys=frozenset(
-        {"num_experts", "num_selects", "size_experts", "gate_network", "score_scale_factor"}
-        | {"routing_rule", "top_t", "collaborative_list", "max_devices", "device_of_expert", "num_groups"}
+    transformers_class=f"{_MODELING}:LlamaMoEForCausalLM",
+    names=lambda model: _moe_names(model, _MLP),
+    fields=(*DECODER_FIELDS, ATTENTION_BIAS),
+    fixed=_FIXED,
+    more_keys=frozenset(
+        {f.key for f in _FIELDS}
+        | {"size_experts", "gate_network", "score_scale_factor", "dense_layers", "attention_output_bias"}
+        | ROUTING_KEYS
     ),
-    read_moe=read_moe,
-    write_moe=write_moe,
-    modeling_files=("configuration_llama_moe.py", "modeling_llama_moe.py"),
+    read_more=_read,
+    write_more=_write,
+    ignores_rules=False,
+    modeling_files=("configuration_llama_moe.py", "modeling_llama_moe.py", "selection.py"),
     auto_map={
         "AutoConfig": "configuration_llama_moe.LlamaMoEConfig",
         "AutoModel": "modeling_llama_moe.LlamaMoEModel",
         "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEForCausalLM",
+    },
+)
+
+LLAMA_MOE_RESIDUAL = replace(
+    LLAMA_MOE,
+    architecture="LlamaMoEResidualForCausalLM",
+    model_type="llama_moe_residual",
+    transformers_class=f"{_MODELING}:LlamaMoEResidualForCausalLM",
+    names=_residual_names,
+    fixed={
+        **_FIXED,
+        "gate_use_softmax_residual": (True, True),
+        "multiply_gate_scores_residual": (True, True),
+        "use_weighting": (False, False),
+    },
+    more_keys=LLAMA_MOE.more_keys | {f.key for f in _RESIDUAL_FIELDS} | {"size_experts_residual"},
+    read_more=_read_residual,
+    write_more=_write_residual,
+    auto_map={
+        "AutoConfig": "configuration_llama_moe.LlamaMoEResidualConfig",
+        "AutoModel": "modeling_llama_moe.LlamaMoEResidualModel",
+        "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEResidualForCausalLM",
     },
 )

@@ -18,7 +18,7 @@ _PARAMETERS = {
 }
 
 
-def read(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+def read(config: Mapping[str, Any], where: str, default_theta: float) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling of ModelConfig; UserError for a type or value the engine does not know."""
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, dict):
@@ -26,7 +26,7 @@ def read(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] |
     scaling = dict(given)
     kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
     scaling.pop("type", None)  # the name that rope_type had before transformers 4.43
-    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or default_theta
     partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
     if kind not in _PARAMETERS:
         raise UserError(

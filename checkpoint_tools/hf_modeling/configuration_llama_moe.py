@@ -1,7 +1,8 @@
 """Configuration of LLaMA-MoE with constrained routing, for `trust_remote_code` in transformers 4.48 to 5.x.
 
-The fields are those of the published LLaMA-MoE v1 and C2R models; `routing_rule`, `max_devices` and `device_of_expert`
-are ours. What this modeling file does not compute is refused here, never ignored.
+The fields are those of the published LLaMA-MoE v1 and C2R models; `routing_rule`, `max_devices`, `device_of_expert`,
+`num_groups`, `dense_layers` and `attention_output_bias` are ours. What this modeling file does not compute is refused
+here, never ignored.
 """
 
 from typing import Any, ClassVar
@@ -14,9 +15,13 @@ FIXED = {
     "gate_type": "TopKBalancedNoisyGate",
     "calculator_type": "UniversalCalculator",
     "gate_use_softmax": True,
-    "gate_add_noise": False,
     "multiply_gate_scores": True,
     "add_weight_norm": False,
+}
+FIXED_OF_RESIDUAL = {
+    "gate_use_softmax_residual": True,
+    "multiply_gate_scores_residual": True,
+    "use_weighting": False,
 }
 
 
@@ -26,9 +31,10 @@ class LlamaMoEConfig(LlamaConfig):
     Args:
         num_experts: E, experts per layer.
         num_selects: K, experts chosen per token, in 1..E.
-        size_experts: [L][E], hidden width of every expert, all equal; None: intermediate_size / E each.
+        size_experts: [L][E], hidden width of every expert; None: an equal share of the width of all each.
         gate_network: `linear`, one (E, D) matrix, or `mlp`, (E, D), tanh, (E, E).
-        score_scale_factor: factor on the combine weights.
+        gate_add_noise: whether the gate has a noise matrix; it is kept, and has no part in inference.
+        score_scale_factor: factor on the combine weights, or [L], that of every layer.
         routing_rule: `topk`, `group_limited`, `c2r` (arXiv:2504.01337) or `c2r_grouped`; None: `c2r` if there is a
             list, else `topk`.
         top_t: T, how many collaborators of the top-1 expert are candidates, in K-1..E-1; or [L], that of every layer.
@@ -37,12 +43,15 @@ class LlamaMoEConfig(LlamaConfig):
             (`group_limited`); or [L], that of every layer.
         device_of_expert: [L][E], the device of every expert; `c2r_grouped` reads it.
         num_groups: equal groups of experts with consecutive ids; `group_limited` reads it.
+        dense_layers: layers without experts, as text, and the width of their FFN; L counts the others.
+        attention_output_bias: whether the last matrix of attention has a bias where the others have one.
 
     Raises:
         ValueError: an option asks for what this file does not compute.
     """
 
     model_type = "llama_moe"
+    _fixed: ClassVar[dict[str, Any]] = FIXED
     # LLaMA's plan also cuts mlp.gate_proj and its fellows, which this model does not have.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         f"layers.*.self_attn.{name}_proj": "rowwise" if name == "o" else "colwise" for name in "qkvo"
@@ -54,19 +63,23 @@ class LlamaMoEConfig(LlamaConfig):
         num_selects: int = 4,
         size_experts: list[list[int]] | None = None,
         gate_network: str = "mlp",
-        score_scale_factor: float = 1.0,
+        gate_add_noise: bool = True,
+        score_scale_factor: float | list[float] = 1.0,
         routing_rule: str | None = None,
         top_t: int | list[int] | None = None,
         collaborative_list: list[list[list[int]]] | None = None,
         max_devices: int | list[int] | None = None,
         device_of_expert: list[list[int]] | None = None,
         num_groups: int | None = None,
+        dense_layers: dict[str, int] | None = None,
+        attention_output_bias: bool = True,
         **kwargs: Any,
     ) -> None:
         self.num_experts = num_experts
         self.num_selects = num_selects
         self.size_experts = size_experts
         self.gate_network = gate_network
+        self.gate_add_noise = gate_add_noise
         self.score_scale_factor = score_scale_factor
         self.routing_rule = routing_rule or ("topk" if collaborative_list is None else "c2r")
         self.top_t = top_t
@@ -74,28 +87,40 @@ class LlamaMoEConfig(LlamaConfig):
         self.max_devices = max_devices
         self.device_of_expert = device_of_expert
         self.num_groups = num_groups
-        for name, only in FIXED.items():
+        self.dense_layers = dense_layers
+        self.attention_output_bias = attention_output_bias
+        for name, only in self._fixed.items():
             setattr(self, name, kwargs.pop(name, only))
         super().__init__(**kwargs)
         self._check_moe()
 
-    def expert_size(self) -> int:
-        """F, the hidden width of every expert."""
-        return self.size_experts[0][0] if self.size_experts else self.intermediate_size // self.num_experts
+    def moe_layers(self) -> list[int]:
+        """The layers with experts, ascending: what lists and tables have a row for."""
+        return [i for i in range(self.num_hidden_layers) if str(i) not in (self.dense_layers or {})]
+
+    def expert_sizes(self, index: int) -> list[int]:
+        """[E]: the hidden width of every expert of a layer, by its place among those with experts."""
+        if self.size_experts:
+            return self.size_experts[index]
+        return [self._width_of_experts() // self.num_experts] * self.num_experts
+
+    def _width_of_experts(self) -> int:
+        return self.intermediate_size
 
     def _check_moe(self) -> None:
-        for name, only in FIXED.items():
+        for name, only in self._fixed.items():
             if getattr(self, name) != only:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, this modeling file computes only {only!r}")
         e, k = self.num_experts, self.num_selects
         if not 1 <= k <= e:
             raise ValueError(f"num_selects ({k}) must be in 1..num_experts ({e})")
-        if not self.size_experts and self.intermediate_size % e:
-            raise ValueError(f"num_experts ({e}) must divide intermediate_size ({self.intermediate_size})")
-        if self.size_experts and len({size for layer in self.size_experts for size in layer}) != 1:
-            raise ValueError(f"size_experts must all be equal, got {self.size_experts[0]} in layer 0")
-        if not isinstance(self.score_scale_factor, (int, float)):
-            raise ValueError(f"score_scale_factor must be one number, got {self.score_scale_factor!r}")
+        width, count = self._width_of_experts(), len(self.moe_layers())
+        if not self.size_experts and width % e:
+            raise ValueError(f"num_experts ({e}) must divide the width of all experts ({width})")
+        if self.size_experts and [len(row) for row in self.size_experts] != [e] * count:
+            raise ValueError(f"size_experts must have {e} sizes for each of {count} layers with experts")
+        if isinstance(self.score_scale_factor, list) and len(self.score_scale_factor) != count:
+            raise ValueError(f"score_scale_factor must be a number, or one for each of {count} layers with experts")
         if self.routing_rule not in RULES:
             raise ValueError(f"routing_rule is {self.routing_rule!r}, known are {', '.join(RULES)}")
         if self.routing_rule == "topk":
@@ -114,4 +139,36 @@ class LlamaMoEConfig(LlamaConfig):
             raise ValueError("routing_rule c2r_grouped needs device_of_expert and max_devices")
 
 
-__all__ = ["LlamaMoEConfig"]
+class LlamaMoEResidualConfig(LlamaMoEConfig):
+    """Residual experts beside them, which every token goes through.
+
+    Args:
+        intermediate_size_moe: width of all experts of a layer.
+        intermediate_size_residual: width of all residual experts; the two add up to intermediate_size.
+        num_experts_residual: r, equal residual experts per layer.
+        score_scale_factor_residual: factor on their weights, a softmax over the r.
+        kwargs: of LlamaMoEConfig.
+    """
+
+    model_type = "llama_moe_residual"
+    _fixed: ClassVar[dict[str, Any]] = FIXED | FIXED_OF_RESIDUAL
+
+    def __init__(
+        self,
+        intermediate_size_moe: int = 9632,
+        intermediate_size_residual: int = 1376,
+        num_experts_residual: int = 2,
+        score_scale_factor_residual: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self.intermediate_size_moe = intermediate_size_moe
+        self.intermediate_size_residual = intermediate_size_residual
+        self.num_experts_residual = num_experts_residual
+        self.score_scale_factor_residual = score_scale_factor_residual
+        super().__init__(**{"num_experts": 14, "num_selects": 2, **kwargs})
+
+    def _width_of_experts(self) -> int:
+        return self.intermediate_size_moe
+
+
+__all__ = ["LlamaMoEConfig", "LlamaMoEResidualConfig"]

@@ -8,76 +8,23 @@ Parameter names are those of the published LLaMA-MoE v1 checkpoints.
 Shape suffixes: T tokens, D model dim, E experts, K experts chosen per token, F hidden width of an expert.
 """
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaModel, LlamaPreTrainedModel
 
-from .configuration_llama_moe import LlamaMoEConfig
+from .configuration_llama_moe import LlamaMoEConfig, LlamaMoEResidualConfig
+from .selection import of_layer, routing_tables, select_experts
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 48):
     raise ImportError(
         f"transformers {transformers.__version__} takes keys that contain weight_g for those of a weight norm and "
         "loses the experts' weight_gate; install transformers 4.48 or later"
     )
-
-
-def select_experts(
-    scores_TE: Tensor,
-    top_k: int,
-    *,
-    list_EE: Tensor | None = None,
-    top_t: int = 0,
-    device_E: Tensor | None = None,
-    max_devices: int = 0,
-) -> Tensor:
-    """Choose the experts of every token; equal scores go to the lower expert id.
-
-    Args:
-        scores_TE: (T, E) fp32, any order-preserving function of the router's logits.
-        top_k: K in 1..E.
-        list_EE: (E, E) int64; row i lists all experts, closest collaborator of i first, i last. None: plain top-k.
-        top_t: T of C2R in K-1..E-1: the candidates are the first T of the row of the top-1 expert.
-        device_E: (E,) int64, the device of every expert, in 0.., or its group; None: no bound on devices.
-        max_devices: M: the experts of a token live on at most M devices, the top-1 expert's among them. Candidates
-            outside are dropped; if fewer than K-1 remain, the row is followed further, inside those devices.
-
-    Returns:
-        (T, K) int64, column 0 the top-1 expert, the others by falling score.
-    """
-    order_TE = scores_TE.sort(dim=1, descending=True, stable=True).indices
-    first_T1 = order_TE[:, :1]
-    if top_k == 1 or (list_EE is None and device_E is None):
-        return order_TE[:, :top_k]
-    if list_EE is None:
-        outside_TE = ~_on_first_devices(order_TE, device_E, max_devices).gather(1, order_TE)
-        return order_TE.gather(1, outside_TE.to(torch.uint8).sort(dim=1, stable=True).indices)[:, :top_k]
-    row_TE = list_EE[first_T1[:, 0]][:, :-1]  # the top-1 expert itself stands last and is no candidate
-    inside_TE = torch.ones_like(row_TE, dtype=torch.bool)
-    if device_E is not None:
-        inside_TE = _on_first_devices(order_TE, device_E, max_devices).gather(1, row_TE)
-    near = torch.arange(row_TE.shape[1], device=row_TE.device) < top_t
-    open_TE = inside_TE & (near | (inside_TE.cumsum(dim=1) <= top_k - 1))
-    candidate_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(1, row_TE, open_TE)
-    # A stable sort of "is no candidate" along the score order brings the candidates forward and keeps their order.
-    forward_TE = (~candidate_TE.gather(1, order_TE)).to(torch.uint8).sort(dim=1, stable=True).indices
-    return torch.cat((first_T1, order_TE.gather(1, forward_TE)[:, : top_k - 1]), dim=1)
-
-
-def _on_first_devices(order_TE: Tensor, device_E: Tensor, max_devices: int) -> Tensor:
-    """(T, E) bool: the expert lives on one of the first `max_devices` distinct devices named along the score order."""
-    num_experts = order_TE.shape[1]
-    position_TE = torch.empty_like(order_TE).scatter(
-        1, order_TE, torch.arange(num_experts, device=order_TE.device).expand_as(order_TE)
-    )
-    device_TE = device_E.expand_as(order_TE)
-    named_at_TP = torch.full_like(order_TE, num_experts)  # a device id is at most E - 1 after renumbering
-    named_at_TP = named_at_TP.scatter_reduce(1, device_TE, position_TE, reduce="amin")
-    rank_TP = named_at_TP.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return rank_TP.gather(1, device_TE) < max_devices
 
 
 class LlamaMoEGate(nn.Module):
@@ -89,6 +36,8 @@ class LlamaMoEGate(nn.Module):
         linear = nn.Linear(d, e, bias=False)
         mlp = config.gate_network == "mlp"
         self.gate_network = nn.Sequential(linear, nn.Tanh(), nn.Linear(e, e, bias=False)) if mlp else linear
+        if config.gate_add_noise:  # part of the checkpoint, and of training alone
+            self.weight_noise = nn.Linear(d, e, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x = x_TD.float()
@@ -100,16 +49,13 @@ class LlamaMoEGate(nn.Module):
 
 
 class LlamaMoEExperts(nn.Module):
-    """The weights of all experts of a layer, under their published names."""
+    """The weights of some experts of a layer, under their published names."""
 
-    def __init__(self, config: LlamaMoEConfig) -> None:
+    def __init__(self, d: int, sizes: list[int]) -> None:
         super().__init__()
-        d, f = config.hidden_size, config.expert_size()
-
-        def weights(*shape: int) -> nn.ParameterList:
-            return nn.ParameterList(nn.Parameter(torch.empty(shape)) for _ in range(config.num_experts))
-
-        self.weight_gate, self.weight_up, self.weight_down = weights(f, d), weights(f, d), weights(d, f)
+        self.weight_gate = nn.ParameterList(nn.Parameter(torch.empty(f, d)) for f in sizes)
+        self.weight_up = nn.ParameterList(nn.Parameter(torch.empty(f, d)) for f in sizes)
+        self.weight_down = nn.ParameterList(nn.Parameter(torch.empty(d, f)) for f in sizes)
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         hidden = F.silu(F.linear(x, self.weight_gate[expert])) * F.linear(x, self.weight_up[expert])
@@ -119,9 +65,9 @@ class LlamaMoEExperts(nn.Module):
 class LlamaMoECalculator(nn.Module):
     """Weighted sum of the chosen experts in fp32; no token is dropped."""
 
-    def __init__(self, config: LlamaMoEConfig) -> None:
+    def __init__(self, d: int, sizes: list[int]) -> None:
         super().__init__()
-        self.experts = LlamaMoEExperts(config)
+        self.experts = LlamaMoEExperts(d, sizes)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
@@ -133,13 +79,13 @@ class LlamaMoECalculator(nn.Module):
 
 
 class LlamaMoEBlock(nn.Module):
-    """The mixture of experts that stands in the place of LLaMA's FFN."""
+    """The mixture of experts that stands in the place of LLaMA's FFN; `index` is among the layers with experts."""
 
-    def __init__(self, config: LlamaMoEConfig, layer: int) -> None:
+    def __init__(self, config: LlamaMoEConfig, index: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.index = config, index
         self.gate = LlamaMoEGate(config)
-        self.calculator = LlamaMoECalculator(config)
+        self.calculator = LlamaMoECalculator(config.hidden_size, config.expert_sizes(index))
         self._tables: tuple[torch.device, dict[str, Any]] | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -147,7 +93,9 @@ class LlamaMoEBlock(nn.Module):
         logits_TE = self.gate(x_TD)
         # Softmax keeps the order; the logits themselves are compared, so that no two scores round together.
         ids_TK = select_experts(logits_TE.detach(), self.config.num_selects, **self._routing_tables(x_TD.device))
-        weights_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1) * self.config.score_scale_factor
+        weights_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1) * of_layer(
+            self.config.score_scale_factor, self.index
+        )
         y_TD: Tensor = self.calculator(x_TD, ids_TK, weights_TK)
         return y_TD.reshape(hidden_states.shape)
 
@@ -159,27 +107,48 @@ class LlamaMoEBlock(nn.Module):
         if self._tables is None or self._tables[0] != device:
             # Tables first made inside inference_mode could not be used in training later.
             with torch.inference_mode(False):
-                self._tables = (device, self._make_tables(device))
+                self._tables = device, routing_tables(self.config, self.config.num_experts, self.index, device)
         return self._tables[1]
 
-    def _make_tables(self, device: torch.device) -> dict[str, Any]:
-        config = self.config
-        if config.routing_rule == "group_limited":
-            groups = torch.arange(config.num_experts, device=device) * config.num_groups // config.num_experts
-            return {"device_E": groups, "max_devices": self._of_layer(config.max_devices)}
-        if config.routing_rule == "topk" or config.collaborative_list is None:
-            return {}
-        rows_EE = torch.tensor(config.collaborative_list[self.layer], device=device)
-        tables = {"list_EE": rows_EE, "top_t": self._of_layer(config.top_t)}
-        if config.routing_rule == "c2r_grouped" and config.device_of_expert is not None:
-            devices = torch.tensor(config.device_of_expert[self.layer])
-            renumbered = torch.unique(devices, return_inverse=True)[1].to(device)
-            tables |= {"device_E": renumbered, "max_devices": self._of_layer(config.max_devices)}
-        return tables
 
-    def _of_layer(self, value: Any) -> Any:
-        """A field that is one value, or a list with one for every layer."""
-        return value[self.layer] if isinstance(value, list) else value
+class LlamaMoEResidualGate(nn.Module):
+    """Weights of the residual experts: a softmax over all of them."""
+
+    def __init__(self, config: LlamaMoEResidualConfig) -> None:
+        super().__init__()
+        self.gate_network = nn.Linear(config.hidden_size, config.num_experts_residual, bias=False)
+        self.scale = config.score_scale_factor_residual
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.softmax(self.gate_network(x_TD).float(), dim=-1) * self.scale
+
+
+class LlamaMoEResidualExperts(nn.Module):
+    """Experts that every token goes through."""
+
+    def __init__(self, config: LlamaMoEResidualConfig) -> None:
+        super().__init__()
+        count = config.num_experts_residual
+        self.gate = LlamaMoEResidualGate(config)
+        self.calculator = LlamaMoECalculator(config.hidden_size, [config.intermediate_size_residual // count] * count)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        weights_TK = self.gate(x_TD)
+        ids_TK = torch.arange(weights_TK.shape[1], device=x_TD.device).expand_as(weights_TK)
+        return self.calculator(x_TD, ids_TK, weights_TK)
+
+
+class LlamaMoEResidualBlock(nn.Module):
+    """Both, added up."""
+
+    def __init__(self, config: LlamaMoEResidualConfig, index: int) -> None:
+        super().__init__()
+        self.moe_layer = LlamaMoEBlock(config, index)
+        self.residual_block = LlamaMoEResidualExperts(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return self.moe_layer(hidden_states) + self.residual_block(x_TD).reshape(hidden_states.shape)
 
 
 class _LlamaMoELoading:
@@ -202,24 +171,55 @@ class _LlamaMoELoading:
 
 
 class LlamaMoEModel(_LlamaMoELoading, LlamaModel):
-    """LLaMA's decoder stack with a mixture of experts in every layer."""
+    """LLaMA's decoder stack with a mixture of experts in every layer, but for those that stay dense."""
+
+    block: type[nn.Module] = LlamaMoEBlock
 
     def __init__(self, config: LlamaMoEConfig) -> None:
         super().__init__(config)
-        for i, layer in enumerate(self.layers):
-            layer.mlp = LlamaMoEBlock(config, i)
+        for index, i in enumerate(config.moe_layers()):
+            self.layers[i].mlp = self.block(config, index)
+        for i, width in (config.dense_layers or {}).items():
+            self.layers[int(i)].mlp = _dense(config, width)
+        for layer in self.layers:
+            if config.attention_bias and not config.attention_output_bias:
+                old = layer.self_attn.o_proj
+                layer.self_attn.o_proj = nn.Linear(old.in_features, old.out_features, bias=False)
         self.post_init()
+
+
+def _dense(config: LlamaMoEConfig, width: int) -> nn.Module:
+    """LLaMA's FFN of another width."""
+    other = copy.copy(config)
+    other.intermediate_size = width
+    return LlamaMLP(other)
+
+
+class LlamaMoEResidualModel(LlamaMoEModel):
+    """The same with residual experts beside the others."""
+
+    config_class = LlamaMoEResidualConfig
+    block = LlamaMoEResidualBlock
 
 
 class LlamaMoEForCausalLM(_LlamaMoELoading, LlamaForCausalLM):
     """The decoder stack and its language-model head."""
 
+    stack: type[LlamaMoEModel] = LlamaMoEModel
+
     def __init__(self, config: LlamaMoEConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)  # LlamaForCausalLM's own would build a dense model first
-        self.model = LlamaMoEModel(config)
+        self.model = self.stack(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-__all__ = ["LlamaMoEForCausalLM", "LlamaMoEModel"]
+class LlamaMoEResidualForCausalLM(LlamaMoEForCausalLM):
+    """The same with residual experts."""
+
+    config_class = LlamaMoEResidualConfig
+    stack = LlamaMoEResidualModel
+
+
+__all__ = ["LlamaMoEForCausalLM", "LlamaMoEModel", "LlamaMoEResidualForCausalLM", "LlamaMoEResidualModel"]

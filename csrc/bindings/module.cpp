@@ -43,6 +43,7 @@ STABLE_TORCH_LIBRARY(ep_engine, m) {
       "experts_weight_grads(Tensor grad, Tensor x, Tensor copy_row, Tensor copies_of_slot, "
       "Tensor grad_gate_up, Tensor hidden, Tensor(a!) grad_w_gate_up, Tensor(b!) grad_w_down) -> ()");
   m.def("linear_rows(Tensor x, Tensor w, Tensor(a!) out) -> ()");
+  m.def("checksum(Tensor elements, int columns, int first, int row_step, int column_step) -> int");
   m.def("count_pairs(Tensor expert_ids, Tensor(a!) counts) -> ()");
   m.def(
       "shared_memory_open(Tensor[] arenas, Tensor process, int rank, float timeout_s, int number, Tensor "

@@ -1,0 +1,97 @@
+"""A model run layer by layer, each weight read when it is its turn, in float32: for models of any size, and few tokens.
+
+Attention and router are the engine's own modules; experts and FFNs are computed one after the other.
+
+Shape letters:  B rows   S positions   T = B * S tokens   D model dim
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ep_engine.attention import Attention, Positions
+from ep_engine.deferred import Tensors
+from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.norm import RMSNorm
+from ep_engine.reference import swiglu
+from ep_engine.router import Router
+
+
+@torch.no_grad()
+def outputs(
+    config: ModelConfig, tensors: Tensors, tokens_BS: Tensor, *, all_experts: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """What each part of the model puts out: `embedding`, `layer 0`, ..., each (B, S, D), and `logits` (B, S, V).
+
+    Args:
+        config: the model.
+        tensors: its entries, of any float dtype.
+        tokens_BS: ids.
+        all_experts: every expert is on, with weight 1, whatever the router says.
+    """
+    x_BSD = F.embedding(tokens_BS, tensors["embed.weight"]).float()
+    yield "embedding", x_BSD
+    positions = Positions(config)
+    for layer in range(config.num_layers):
+        at = f"layers.{layer}"
+        attention = _filled(Attention(config, positions), tensors, f"{at}.attention")
+        x_BSD = x_BSD + attention(_normed(x_BSD, config, tensors, f"{at}.attention_norm"))
+        h_TD = _normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
+        moe = config.moe_of(layer)
+        if moe is None:
+            y_TD = _ffn(h_TD, tensors, f"{at}.ffn", ".weight", bias=config.mlp_bias)
+        else:
+            y_TD = _mixture(h_TD, config, moe, layer, tensors, all_experts=all_experts)
+        x_BSD = x_BSD + y_TD.view_as(x_BSD)
+        yield f"layer {layer}", x_BSD
+    head = tensors["embed.weight" if config.tie_embeddings else "head.weight"]
+    yield "logits", F.linear(_normed(x_BSD, config, tensors, "norm"), head.float())
+
+
+def _filled(module: nn.Module, tensors: Tensors, at: str) -> nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(tensors[f"{at}.{name}"])
+    return module
+
+
+def _normed(x: Tensor, config: ModelConfig, tensors: Tensors, at: str) -> Tensor:
+    y: Tensor = _filled(RMSNorm(config.hidden_size, config.rms_norm_eps), tensors, at)(x)
+    return y
+
+
+def _ffn(x: Tensor, tensors: Tensors, at: str, suffix: str = "", *, bias: bool = False) -> Tensor:
+    weights = [tensors[f"{at}.{name}{suffix}"].float() for name in ("w_gate", "w_up", "w_down")]
+    if not bias:
+        return swiglu(x, *weights)
+    b_gate, b_up, b_down = (tensors[f"{at}.{name}.bias"].float() for name in ("w_gate", "w_up", "w_down"))
+    return F.linear(F.silu(F.linear(x, weights[0], b_gate)) * F.linear(x, weights[1], b_up), weights[2], b_down)
+
+
+def _mixture(
+    x_TD: Tensor, config: ModelConfig, moe: MoEConfig, layer: int, tensors: Tensors, *, all_experts: bool
+) -> Tensor:
+    at = f"layers.{layer}.moe"
+    if all_experts:
+        shares_TE = torch.ones(len(x_TD), moe.num_experts)
+    else:
+        router = Router(moe, config.hidden_size, config.moe_index(layer))
+        routing = _filled(router, tensors, f"{at}.router")(x_TD)
+        shares_TE = torch.zeros(len(x_TD), moe.num_experts).scatter_(1, routing.ids_TK, routing.weights_TK)
+    y_TD = torch.zeros_like(x_TD)
+    for expert in range(moe.num_experts):
+        chosen = shares_TE[:, expert].nonzero()[:, 0]
+        if len(chosen):
+            y_TD[chosen] += shares_TE[chosen, expert, None] * _ffn(x_TD[chosen], tensors, f"{at}.experts.{expert}")
+    if moe.shared_hidden_size:
+        shared_TD = _ffn(x_TD, tensors, f"{at}.shared", ".weight")
+        if moe.shared_gate:
+            shared_TD = F.linear(x_TD, tensors[f"{at}.shared_gate.weight"].float()).sigmoid() * shared_TD
+        y_TD = y_TD + shared_TD
+    if moe.residual_experts:
+        shares_TR = F.linear(x_TD, tensors[f"{at}.residual.gate.weight"].float()).softmax(dim=1) * moe.residual_scale
+        for expert in range(moe.residual_experts):
+            each_TD = _ffn(x_TD, tensors, f"{at}.residual.each.{expert}", ".weight")
+            y_TD = y_TD + shares_TR[:, expert, None] * each_TD
+    return y_TD

@@ -1,0 +1,98 @@
+"""Which neurons belong to which expert: every way of LLaMA-MoE to cut an FFN (arXiv:2406.16554 section 3.1).
+
+`random`: every layer has a shuffle of its own. `clustering`: neurons with similar rows of w_up or w_gate share an
+expert. `gradient`: neurons go to the expert whose cluster of a corpus needs them most. `published`: as files say.
+
+Shapes: N neurons, D model dim, E experts, F = N / E.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint_tools.assignment import Neurons, greedy, optimal, shared
+from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
+from checkpoint_tools.importance import Importance
+from checkpoint_tools.split_files import covers_once, file_of, read_split_file
+
+Method = Literal["random", "clustering", "gradient", "published"]
+Projection = Literal["up_proj", "gate_proj"]
+Assignment = Literal["optimal", "greedy", "shared"]
+
+_WAYS = {"greedy": greedy, "shared": shared}
+_PARTITION = 0  # a stream of random numbers of its own: the gate does not depend on it
+
+
+@dataclass(frozen=True)
+class PartitionOptions:
+    """How neurons are given to experts."""
+
+    method: Method = "random"
+    metric: Metric = "l2"  # of clustering, between rows of length one
+    on: Projection = "up_proj"  # whose rows are clustered, whose importance is read
+    files: Path | None = None  # of published: folder of split files
+    importance: Path | None = None  # of gradient: folder of importance files
+    assignment: Assignment = "optimal"  # of gradient
+
+    def about(self) -> dict[str, Any]:
+        """The options that the method reads, for split.json."""
+        own: dict[str, dict[str, Any]] = {
+            "random": {},
+            "published": {"files": str(self.files), "on": self.on},
+            "clustering": {"metric": self.metric, "on": self.on},
+            "gradient": {"importance": str(self.importance), "on": self.on, "assignment": self.assignment},
+        }
+        return {"method": self.method, **own[self.method]}
+
+
+class Partitioner:
+    """Gives the neurons of every expert of a layer.
+
+    Args:
+        options: how.
+        num_experts: E, divides N.
+        width: N.
+        seed: of shuffles and of first centres.
+
+    Raises:
+        UserError: there are not as many clusters of scores as experts.
+    """
+
+    def __init__(self, options: PartitionOptions, num_experts: int, width: int, seed: int) -> None:
+        self._options, self._num_experts, self._width, self._seed = options, num_experts, width, seed
+        self._scores = None
+        if options.importance is not None:
+            self._scores = Importance(options.importance, options.on, num_experts, width)
+
+    def covers_once(self, num_layers: int) -> bool:
+        """Whether every neuron of every layer will be in one expert; UserError for a bad file."""
+        options = self._options
+        if options.files is not None:
+            return all(covers_once(self.layer(layer, {}), self._width) for layer in range(num_layers))
+        return options.method != "gradient" or options.assignment != "shared"
+
+    def layer(self, layer: int, ffn: Mapping[str, Tensor]) -> Neurons:
+        """The neurons of every expert, ascending, but of files in the order of the file; UserError for a bad file."""
+        options, size = self._options, self._width // self._num_experts
+        if options.files is not None:
+            return read_split_file(file_of(options.files, layer, options.on), self._num_experts, self._width)
+        if self._scores is not None:
+            score_EN = self._scores.layer(layer)
+            found = optimal(score_EN) if options.assignment == "optimal" else _WAYS[options.assignment](score_EN, size)
+            return [np.sort(neurons) for neurons in found]
+        if options.method == "random":
+            return random_partition(self._width, self._num_experts, self._seed, layer)
+        rows_ND = F.normalize(ffn["w_up" if options.on == "up_proj" else "w_gate"].float(), dim=1)
+        clusters = balanced_kmeans(rows_ND, self._num_experts, metric=options.metric, seed=self._seed)
+        return [np.flatnonzero(clusters.label_N == expert) for expert in range(self._num_experts)]
+
+
+def random_partition(width: int, num_experts: int, seed: int, layer: int) -> Neurons:
+    """E index sets of N / E neurons each, int64, ascending within an expert."""
+    shuffled = np.random.default_rng([seed, _PARTITION, layer]).permutation(width)
+    return [np.sort(part) for part in np.split(shuffled, num_experts)]
