@@ -121,7 +121,8 @@ class Conversion:
         """What it would need, from a part of it that is made and written, and deleted."""
         above = next(folder for folder in self.out.absolute().parents if folder.exists())
         with TemporaryDirectory(prefix=f".{self.out.name}.dry-run-", dir=above) as beside:
-            tensors = self.tensors(Draft(Path(beside)))
+            draft = Draft(Path(beside))
+            tensors = self.tensors(draft)
             sizes = {name: deferred.num_bytes for name, deferred in tensors.deferred.items()}
             sample: dict[str, Deferred] = {}
             for name, deferred in tensors.deferred.items():
@@ -134,6 +135,7 @@ class Conversion:
                     file.write(memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()))
                 os.fsync(file.fileno())
             seconds = time.perf_counter() - begin
+            draft.close()
         total = sum(sizes.values())
         return Estimate(
             output_bytes=total,

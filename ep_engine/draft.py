@@ -12,12 +12,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ep_engine.errors import UserError
-from ep_engine.output import check_output_folder, finish_folder, reported_disk_errors, whole_file
+from ep_engine.output import check_output_folder, finish_folder, reported_disk_errors, sync, whole_file
 
 _ABOUT, _DONE = "about.json", "done.json"
 
@@ -33,19 +34,30 @@ class Draft:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.done: dict[str, Any] = {}
+        self._syncs = ThreadPoolExecutor(1)
+        self._on_disk: list[Future[None]] = []
         if (folder / _DONE).is_file():
             self.done = json.loads((folder / _DONE).read_text())
 
     def note(self, name: str, known: Any) -> None:
-        """Note that a file is whole and on the disk."""
-        descriptor = os.open(self.folder / name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Note that a file is whole, as soon as the disk has it; meanwhile others can be written."""
+        self._on_disk.append(self._syncs.submit(self._sync, name, known, dict(self.done)))
         self.done[name] = known
+
+    def wait(self) -> None:
+        """Until the disk has all that was noted; raises what it said."""
+        for one in self._on_disk:
+            one.result()
+        self._on_disk.clear()
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._syncs.shutdown()
+
+    def _sync(self, name: str, known: Any, before: dict[str, Any]) -> None:
+        sync(self.folder / name)
         with whole_file(self.folder / _DONE) as beside:
-            beside.write_text(json.dumps(self.done))
+            beside.write_text(json.dumps({**before, name: known}))
 
 
 @contextmanager
@@ -68,8 +80,10 @@ def drafted(path: Path, about: Mapping[str, Any], *, overwrite: bool = False, re
     with _held(beside, path):
         _begin(beside, path, json.loads(json.dumps(about)), resume=resume)
         try:
-            with reported_disk_errors(path):
-                yield Draft(beside)
+            draft = Draft(beside)
+            with reported_disk_errors(path), closing(draft):
+                yield draft
+                draft.wait()
                 for name in (_ABOUT, _DONE):
                     (beside / name).unlink(missing_ok=True)
                 finish_folder(beside, path)

@@ -25,7 +25,7 @@ class RoutingConfig(_Part):
     top_t: int | list[int] | None = None
     """T of C2R: how many collaborators of the top-1 expert are candidates, in k-1..E-1; or that of every layer."""
     lists: list[list[list[int]]] | None = None
-    """[L][E][E], L layers with experts: row i is a permutation of them, closest collaborator of i first, i itself last."""
+    """[L][E][E], L layers with experts: row i is a permutation of them, closest collaborator of i first, i last."""
     max_devices: int | list[int] | None = None
     """M: a token's experts live on at most this many devices (c2r_grouped), or in so many groups (group_limited); or
     that of every layer."""

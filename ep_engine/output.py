@@ -74,12 +74,12 @@ def finish_folder(beside: Path, path: Path) -> None:
     """Let `beside` take the name `path`, once the disk has all of it. What stood at `path` is then at `beside`."""
     for folder, _, names in os.walk(beside, topdown=False):
         for name in (*names, ""):
-            _sync(Path(folder, name))
+            sync(Path(folder, name))
     if path.is_dir() and any(path.iterdir()):  # rename(2) replaces only an empty folder
         _exchange(beside, path)
     else:
         os.rename(beside, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -91,9 +91,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with reported_disk_errors(path):
             yield beside
-            _sync(beside)
+            sync(beside)
             os.replace(beside, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -129,7 +129,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk keep a file, or the names in a folder, through a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

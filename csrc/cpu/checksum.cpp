@@ -40,7 +40,7 @@ uint64_t sum_rows(const ChecksumArgs& args, int64_t begin, int64_t end) {
   return sum;
 }
 
-EP_VECTORISED uint64_t sum_of(const ChecksumArgs& args, int64_t begin, int64_t end) {
+EP_VECTORISED_INTEGERS uint64_t sum_of(const ChecksumArgs& args, int64_t begin, int64_t end) {
   switch (args.element_size) {
     case 1:
       return sum_rows<uint8_t>(args, begin, end);
