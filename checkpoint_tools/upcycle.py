@@ -79,7 +79,7 @@ def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
     """
     check_apart(source, out)
     model = open_source(source)
-    config = _moe_config(model.config, options)
+    config = moe_config(model.config, options)
     moe = config.moe
     assert moe is not None, "it was just made"
     kept, whole = model.tensors.deferred, model.hashed()
@@ -169,7 +169,7 @@ def _changed(part: Tensor, dim: int, options: UpcycleOptions, at: list[int]) -> 
     return wide.to(part.dtype)
 
 
-def _moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
+def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
     """The configuration of the upcycled model; UserError if it cannot be made."""
     if dense.moe is not None:
         raise UserError(f"the model has {dense.moe.num_experts} experts per layer already; upcycle takes a dense model")

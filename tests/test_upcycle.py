@@ -1,12 +1,18 @@
 """Upcycling: the same logits as the dense model, what every expert is, and what is refused."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint_tools.source import open_source
-from tests.small_models import dense_folder, run_tool
+from checkpoint_tools.upcycle import UpcycleOptions, moe_config
+from ep_engine.entries import expected_entries
+from ep_engine.model_config import ModelConfig
+from tests.family_cases import family_folder
+from tests.small_models import assert_same_bits, dense_folder, run_tool
 
 CASES = [(4, 2, 1), (4, 1, 1), (8, 4, 2), (8, 2, 2), (6, 3, 3), (12, 8, 4)]
 
@@ -16,7 +22,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dense_folder(tmp_path_factory.mktemp("models") / "dense")
 
 
-@pytest.mark.parametrize("gate", ["linear", "mlp"])
+@pytest.mark.parametrize("gate", ["linear", "mlp", "mlp_gelu", "cosine"])
 @pytest.mark.parametrize(("num_experts", "top_k", "granularity"), CASES)
 def test_an_upcycled_model_computes_the_same_at_first(
     num_experts: int, top_k: int, granularity: int, gate: str, dense: Path, tmp_path: Path
@@ -25,9 +31,128 @@ def test_an_upcycled_model_computes_the_same_at_first(
     assert run_tool("upcycle", dense, tmp_path / "moe", *sizes) == 0
     assert run_tool("verify", dense, tmp_path / "moe", "--logits") == 0
     assert run_tool("verify", dense, tmp_path / "moe") == 1  # it is another model
-    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
+    if gate in ("linear", "mlp"):  # LLaMA-MoE's
+        assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
+        assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0
+        assert run_tool("verify", dense, tmp_path / "hf", "--logits") == 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_other_families_are_upcycled_and_split_as_well(family: str, tmp_path: Path) -> None:
+    source = family_folder(tmp_path / "dense", "mistral_no_window" if family == "mistral" else family)
+    sizes = ("--num-experts", 4, "--top-k", 2)
+    for tool in ("upcycle", "split"):
+        assert run_tool(tool, source, tmp_path / tool, *sizes) == 0
+        assert run_tool("export", tmp_path / tool, tmp_path / f"{tool}-hf") == 0
+        assert run_tool("verify", tmp_path / tool, tmp_path / f"{tool}-hf") == 0
+    assert run_tool("verify", source, tmp_path / "upcycle-hf", "--logits") == 0
+    assert run_tool("verify", source, tmp_path / "split-hf", "--all-experts") == 0
+
+
+def test_an_upcycled_mistral_becomes_a_mixtral(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = family_folder(tmp_path / "dense", "mistral")  # whose window Mixtral has as well
+    assert run_tool("upcycle", source, tmp_path / "moe", "--num-experts", 4, "--top-k", 2) == 0
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf", "--family", "mixtral") == 0
+    assert run_tool("verify", source, tmp_path / "hf", "--logits") == 0
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "hf")).__name__ == "MixtralForCausalLM"
+
+
+@pytest.mark.parametrize("scale", ["w_down", "cube-root", "none"])
+def test_raw_softmax_weights_need_a_scale(
+    scale: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """specs/dense2moe.md 7: w_down by E G / K is exact where scores are equal; the cube root is not, nor is none."""
+    sizes = ("--num-experts", 8, "--top-k", 4, "--granularity", 2, "--score", "softmax", "--scale", scale)
+    assert run_tool("upcycle", dense, tmp_path / "moe", *sizes, "--gate-init", "zero", "--json") == 0
+    gap = json.loads(capsys.readouterr().out)["logit_gap"]
+    exact = scale == "w_down"
+    assert (gap < 1e-4) == exact
+    assert run_tool("verify", dense, tmp_path / "moe", "--logits") == (0 if exact else 1)
+    whole, parts = open_source(dense).tensors, open_source(tmp_path / "moe").tensors
+    factor = {"w_down": 4.0, "cube-root": 4.0 ** (1 / 3), "none": 1.0}[scale]
+    wanted = whole["layers.0.ffn.w_down.weight"].chunk(2, dim=1)[1] * factor
+    torch.testing.assert_close(parts["layers.0.moe.experts.3.w_down"], wanted)
+    capsys.readouterr()
+    assert run_tool("upcycle", dense, tmp_path / "drawn", *sizes) == 0  # a random router: scores are not equal
+    assert "logits differ from those of the source by up to" in capsys.readouterr().out
+
+
+def test_mollama_takes_raw_softmax_and_layers_by_start_and_step(dense: Path, tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", num_hidden_layers=5)
+    layers = ("--start-layer", 1, "--layer-step", 2, "--score", "softmax", "--gate", "cosine")
+    assert run_tool("upcycle", source, tmp_path / "moe", "--num-experts", 4, "--top-k", 2, *layers) == 0
+    config = open_source(tmp_path / "moe").config
+    assert config.moe_layers() == [1, 3]
+    assert config.dense_layers == {0: 48, 2: 48, 4: 48}
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf", "--family", "mollama") == 0
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (written["moe_start_layer"], written["moe_layer_freq"], written["gate_type"]) == (1, 2, "gmm")
     assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0
+
+
+def test_layers_that_stay_dense_are_exported_for_llama_moe(tmp_path: Path) -> None:
+    source = dense_folder(tmp_path / "dense", num_hidden_layers=5)
+    layers = ("--start-layer", 2, "--layer-step", 2)
+    assert run_tool("upcycle", source, tmp_path / "moe", "--num-experts", 4, "--top-k", 2, *layers) == 0
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
+    assert run_tool("verify", source, tmp_path / "hf", "--logits") == 0
+    assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0
+
+
+def test_residual_experts_begin_with_nothing(dense: Path, tmp_path: Path) -> None:
+    assert run_tool("upcycle", dense, tmp_path / "moe", "--num-experts", 4, "--top-k", 1, "--residual") == 0
+    assert run_tool("verify", dense, tmp_path / "moe", "--logits") == 0
+    tensors = open_source(tmp_path / "moe").tensors
+    assert not tensors["layers.1.moe.experts.3.w_down"].any()
+    assert torch.equal(tensors["layers.1.moe.experts.3.w_up"], open_source(dense).tensors["layers.1.ffn.w_up.weight"])
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
     assert run_tool("verify", dense, tmp_path / "hf", "--logits") == 0
+
+
+def test_noise_and_dropped_neurons(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--num-experts", 2, "--top-k", 1, "--seed", 3)
+    whole = open_source(dense).tensors
+    spread = float(whole["layers.0.ffn.w_up.weight"].std())
+    for name, option in (("noise", 0.1), ("drop", 0.25)):
+        capsys.readouterr()
+        for folder in (name, f"{name} again"):
+            assert run_tool("upcycle", dense, tmp_path / folder, *sizes, f"--{name}", option) == 0
+        assert "logits differ from those of the source" in capsys.readouterr().out
+        tensors, again = open_source(tmp_path / name).tensors, open_source(tmp_path / f"{name} again").tensors
+        assert_same_bits(tensors, again)
+        gap = {e: tensors[f"layers.0.moe.experts.{e}.w_up"] - whole["layers.0.ffn.w_up.weight"] for e in range(2)}
+        assert not torch.equal(gap[0], gap[1])
+        changed = [set((d != 0).any(dim=1).nonzero()[:, 0].tolist()) for d in gap.values()]
+        if name == "noise":
+            assert float(gap[0].std()) == pytest.approx(0.1 * spread, rel=0.1)
+        else:
+            down = tensors["layers.0.moe.experts.0.w_down"] - whole["layers.0.ffn.w_down.weight"]
+            assert len(changed[0]) == 12  # a quarter of 48, the same of every matrix
+            assert set((down != 0).any(dim=0).nonzero()[:, 0].tolist()) == changed[0]
+            fresh = tensors["layers.0.moe.experts.0.w_up"][sorted(changed[0])]
+            assert float(fresh.std()) == pytest.approx(spread, rel=0.2)
+
+
+PARAMETERS = {  # specs/dense2moe.md 5: E, first layer, step -> layers with experts, parameters of LLaMA-2-7B upcycled
+    (8, 16, 2): (8, 14_313_590_784),
+    (8, 16, 1): (16, 21_888_765_952),
+    (2, 28, 2): (2, 7_008_964_608),
+}
+
+
+@pytest.mark.parametrize("pattern", PARAMETERS)
+def test_parameters_are_those_of_the_specification(pattern: tuple[int, int, int]) -> None:
+    num_experts, start, step = pattern
+    llama = ModelConfig(
+        vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+        intermediate_size=11008,
+    )  # fmt: skip
+    config = moe_config(llama, UpcycleOptions(num_experts, 1, start_layer=start, layer_step=step))
+    layers, parameters = PARAMETERS[pattern]
+    assert len(config.moe_layers()) == layers
+    assert sum(math.prod(shape) for shape in expected_entries(config).values()) == parameters
 
 
 def test_experts_are_slices_and_rows_of_the_router_are_groups(dense: Path, tmp_path: Path) -> None:
@@ -58,6 +183,19 @@ REFUSED = {
         "--granularity (2) must divide --top-k (3)",
     ),
     "too many": (["--num-experts", 4, "--top-k", 5], "moe.top_k (5) must be in 1..moe.num_experts (4)"),
+    "no layer": (["--num-experts", 4, "--top-k", 2, "--start-layer", 2], "--start-layer (2) must be below"),
+    "a size of nothing": (
+        ["--num-experts", 4, "--top-k", 2, "--gate-hidden-size", 8],
+        "--gate-hidden-size (8) has no effect on --gate linear",
+    ),
+    "a scale of nothing": (
+        ["--num-experts", 4, "--top-k", 2, "--scale", "none"],
+        "--scale none has no effect on --score softmax_of_chosen",
+    ),
+    "no direction": (
+        ["--num-experts", 4, "--top-k", 2, "--gate", "cosine", "--gate-init", "zero"],
+        "--gate-init zero is not for --gate cosine",
+    ),
     "a gate": (
         ["--num-experts", 4, "--top-k", 2, "--gate", "gmm"],
         "'gmm' is not one of 'linear', 'mlp', 'mlp_gelu', 'cosine'",

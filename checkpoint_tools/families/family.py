@@ -165,10 +165,8 @@ class Family:
         except UserError as error:
             raise UserError(f"{self.architecture} cannot express the model ({error})") from None
         pairs = {name: (getattr(model, name), getattr(back, name)) for name in ModelConfig.model_fields}
-        if model.moe is not None and not model.dense_layers:
-            del pairs["intermediate_size"]  # which no layer has
         if model.moe is not None and back.moe is not None:
-            del pairs["moe"]
+            del pairs["moe"], pairs["intermediate_size"]  # experts and dense layers have widths of their own
             parts = {"moe": (model.moe, back.moe), "routing": (model.moe.routing, back.moe.routing)}
             for at, (a, b) in parts.items():
                 pairs |= {f"{at}.{name}": (value, getattr(b, name)) for name, value in a if name != "routing"}

@@ -122,6 +122,8 @@ class Mixture:
             config[self.shared_size.key] = moe.shared_hidden_size
         elif self.shared_count is not None:
             config[self.shared_count.key] = moe.shared_hidden_size // moe.expert_hidden_size or None
+        if model.dense_layers:
+            config["intermediate_size"] = next(iter(model.dense_layers.values()))
         return config | self.pattern.write(model) | write_routing(moe.routing)
 
 
