@@ -119,7 +119,11 @@ def _check_inside(index: Path, name: str) -> None:
 
 
 def _open_shard(path: Path) -> Shard:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError:  # a name that no file can have
+        there = False
+    if not there:
         raise UserError(f"shard {path} is missing; copy it beside its index")
     return _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickled(path)
 

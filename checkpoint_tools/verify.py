@@ -140,7 +140,9 @@ def compare_outputs(a: Iterator[tuple[str, Tensor]], b: Iterator[tuple[str, Tens
 
 def _config_differences(a: ModelConfig, b: ModelConfig, *, all_experts: bool) -> dict[str, tuple[Any, Any]]:
     """Settings that change the model and differ."""
-    skipped = _UNCOMPARED | ({"intermediate_size", "dense_layers"} if all_experts else set())
+    skipped = _UNCOMPARED | ({"dense_layers"} if all_experts else set())
+    if all_experts or (a.moe is not None and b.moe is not None):
+        skipped.add("intermediate_size")  # experts and dense layers have widths of their own
     pairs = {name: (getattr(a, name), getattr(b, name)) for name in ModelConfig.model_fields if name not in skipped}
     if all_experts:
         pairs["the width of all experts together"] = (_width(a), _width(b))

@@ -61,7 +61,7 @@ _GATING_SIZE = Field("gating_size", "gate_hidden_size", int, 256)
 
 def _read(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     gate = config.get("gate_type") or "mlp"
-    if gate not in _GATES:
+    if not isinstance(gate, str) or gate not in _GATES:
         raise UserError(f"gate_type is {gate!r}, known are {', '.join(_GATES)}; correct the file")
     inside = 0 if gate == "linear" else read_fields(config, (_GATING_SIZE,), WHERE)["gate_hidden_size"]
     moe = MoEConfig(

@@ -28,7 +28,7 @@ def read(config: Mapping[str, Any], where: str, default_theta: float) -> tuple[f
     scaling.pop("type", None)  # the name that rope_type had before transformers 4.43
     theta = scaling.pop("rope_theta", None) or config.get("rope_theta") or default_theta
     partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if kind not in _PARAMETERS:
+    if not isinstance(kind, str) or kind not in _PARAMETERS:
         raise UserError(
             f"{where}: rope type {kind!r} is not known, the engine computes {', '.join(_PARAMETERS)}; "
             "it cannot read this model"
