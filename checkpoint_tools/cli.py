@@ -1,4 +1,4 @@
-"""The command line: `python -m checkpoint_tools inspect | split | upcycle | convert | export | verify`."""
+"""The command line: `python -m checkpoint_tools inspect | convert | export | cluster | importance | split | ...`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +21,8 @@ Check = Annotated[
     bool, typer.Option("--check-logits/--no-check-logits", help="run source and output, which costs a second reading")
 ]
 Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
-Method = Literal["random", "clustering", "gradient", "published"]
+Method = Literal["random", "clustering", "coactivation", "gradient", "published"]
+Kernel = Literal["plain", "l1_norm", "l2_norm"]
 Metric = Literal["l2", "cos"]
 Projection = Literal["up_proj", "gate_proj"]
 Assignment = Literal["optimal", "greedy", "shared"]
@@ -97,6 +98,15 @@ def split_command(
     files: Annotated[Path | None, typer.Option(help="of published: a folder of split files")] = None,
     importance: Annotated[Path | None, typer.Option(help="of gradient: a folder of scores for every expert")] = None,
     assignment: Annotated[Assignment, typer.Option(help="of gradient: best sum; published; best of each")] = "optimal",
+    corpus: Annotated[
+        list[Path] | None, typer.Option(help="of coactivation: .jsonl and .txt files, or folders of them")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of coactivation: of the corpus")] = 16384,
+    sequence_length: Annotated[int, typer.Option(min=1, help="of coactivation: tokens of a row")] = 512,
+    kernel: Annotated[Kernel, typer.Option(help="of coactivation: what a feature counts")] = "l1_norm",
+    threshold: Annotated[
+        float, typer.Option(min=0, help="of coactivation: most that a pair counts in 4096 tokens")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
     gate: Annotated[str, typer.Option(help="router: mlp or linear")] = "mlp",
     score_scale: Annotated[
@@ -118,10 +128,16 @@ def split_command(
         "files": files,
         "importance": importance,
         "assignment": assignment != "optimal",
+        "corpus": corpus,
+        "max-tokens": max_tokens != 16384,
+        "sequence-length": sequence_length != 512,
+        "kernel": kernel != "l1_norm",
+        "threshold": threshold != 1.0,
     }
     read = {
         "random": (),
         "clustering": ("metric", "on"),
+        "coactivation": ("on", "corpus", "max-tokens", "sequence-length", "kernel", "threshold"),
         "gradient": ("on", "importance", "assignment"),
         "published": ("on", "files"),
     }[method]
@@ -131,10 +147,69 @@ def split_command(
         raise UserError("--method gradient needs --importance, the folder of scores; give it")
     if method == "published" and files is None:
         raise UserError("--method published needs --files, the folder of split files; give it")
+    if method == "coactivation" and not corpus:
+        raise UserError("--method coactivation needs --corpus, the text that neurons are watched on; give it")
     check_output_folder(out, overwrite=overwrite)
-    partition = PartitionOptions(method, metric, on, files, importance, assignment)
+    texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold)
+    partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
     options = split.SplitOptions(num_experts, top_k, seed, gate, score_scale, partition)
     _run(split.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
+
+
+@app.command("cluster")
+def cluster_command(
+    corpus: Annotated[list[Path], typer.Argument(help=".jsonl and .txt files, or folders of them")],
+    out: Annotated[Path, typer.Option(help="folder to write, a .jsonl for each cluster")],
+    clusters: Annotated[int, typer.Option(min=1, help="as many as experts")],
+    embed: Annotated[
+        Path | None, typer.Option(help="folder of a sentence-transformers model [TF-IDF, which needs none]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of k-means")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Cluster the documents of a corpus, for `importance`."""
+    from checkpoint_tools.cluster import cluster
+
+    check_output_folder(out, overwrite=overwrite)
+    sizes = cluster(corpus, out, clusters, embed=embed, seed=seed, overwrite=overwrite)
+    if as_json:
+        print_json({"written": str(out), "documents": sizes})
+    else:
+        typer.echo(f"wrote {out}: {len(sizes)} clusters of {min(sizes)} to {max(sizes)} documents")
+
+
+@app.command("importance")
+def importance_command(
+    source: Folder,
+    out: Annotated[Path, typer.Argument(help="folder to write, a folder for each cluster")],
+    clusters: Annotated[Path, typer.Option(help="folder of .jsonl files, as `cluster` writes it")],
+    kernel: Annotated[Kernel, typer.Option(help="of what a token gives: itself, absolute, squared")] = "l1_norm",
+    level: Annotated[
+        Literal["sample", "total"], typer.Option(help="kernel of every token, or of the sum over all")
+    ] = "sample",
+    kind: Annotated[
+        Literal["change", "grad"], typer.Option(help="feature times its gradient, or the gradient alone")
+    ] = "change",
+    sequence_length: Annotated[int, typer.Option(min=2, help="tokens of a row")] = 2048,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of a cluster")] = 131072,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of computation")] = "float32",
+    timeout_s: Annotated[float, typer.Option(min=1, help="after which a silent rank is given up")] = 300.0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """How much each cluster needs each neuron, by gradients; under torchrun on as many ranks as it starts."""
+    from checkpoint_tools.gradient import GradientOptions, run_importance
+
+    check_output_folder(out, overwrite=overwrite)
+    options = GradientOptions(kernel, level, kind, sequence_length, max_tokens, dtype)
+    tokens = run_importance(source, clusters, out, options, timeout_s=timeout_s, overwrite=overwrite)
+    if tokens is None:  # another rank than the first
+        return
+    if as_json:
+        print_json({"written": str(out), "tokens": tokens})
+    else:
+        typer.echo(f"wrote {out}: {len(tokens)} clusters of {min(tokens.values())} to {max(tokens.values())} tokens")
 
 
 @app.command("upcycle")

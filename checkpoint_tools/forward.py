@@ -36,9 +36,8 @@ def outputs(
     positions = Positions(config)
     for layer in range(config.num_layers):
         at = f"layers.{layer}"
-        attention = _filled(Attention(config, positions), tensors, f"{at}.attention")
-        x_BSD = x_BSD + attention(_normed(x_BSD, config, tensors, f"{at}.attention_norm"))
-        h_TD = _normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
+        x_BSD = attended(x_BSD, config, tensors, positions, layer)
+        h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
         moe = config.moe_of(layer)
         if moe is None:
             y_TD = _ffn(h_TD, tensors, f"{at}.ffn", ".weight", bias=config.mlp_bias)
@@ -47,18 +46,27 @@ def outputs(
         x_BSD = x_BSD + y_TD.view_as(x_BSD)
         yield f"layer {layer}", x_BSD
     head = tensors["embed.weight" if config.tie_embeddings else "head.weight"]
-    yield "logits", F.linear(_normed(x_BSD, config, tensors, "norm"), head.float())
+    yield "logits", F.linear(normed(x_BSD, config, tensors, "norm"), head.float())
+
+
+def attended(x_BSD: Tensor, config: ModelConfig, tensors: Tensors, positions: Positions, layer: int) -> Tensor:
+    """The residual stream after a layer's attention."""
+    at = f"layers.{layer}"
+    attention = _filled(Attention(config, positions), tensors, f"{at}.attention")
+    y_BSD: Tensor = attention(normed(x_BSD, config, tensors, f"{at}.attention_norm"))
+    return x_BSD + y_BSD
+
+
+def normed(x: Tensor, config: ModelConfig, tensors: Tensors, at: str) -> Tensor:
+    """RMSNorm with the weights of entry `at`."""
+    y: Tensor = _filled(RMSNorm(config.hidden_size, config.rms_norm_eps), tensors, at)(x)
+    return y
 
 
 def _filled(module: nn.Module, tensors: Tensors, at: str) -> nn.Module:
     for name, parameter in module.named_parameters():
         parameter.copy_(tensors[f"{at}.{name}"])
     return module
-
-
-def _normed(x: Tensor, config: ModelConfig, tensors: Tensors, at: str) -> Tensor:
-    y: Tensor = _filled(RMSNorm(config.hidden_size, config.rms_norm_eps), tensors, at)(x)
-    return y
 
 
 def _ffn(x: Tensor, tensors: Tensors, at: str, suffix: str = "", *, bias: bool = False) -> Tensor:

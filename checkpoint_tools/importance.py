@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ep_engine.errors import UserError
 
+FORMAT = "layers.{}.mlp.{}.weight.{}"  # layer, projection, kind
 _KINDS = ("change", "grad")
 
 
@@ -52,12 +53,10 @@ class Importance:
         return np.stack([self._read(cluster, layer) for cluster in self._clusters])
 
     def _read(self, cluster: Path, layer: int) -> NDArray[np.float64]:
-        stem = cluster / f"layers.{layer}.mlp.{self._projection}.weight"
-        paths = [path for kind in _KINDS if (path := stem.with_name(f"{stem.name}.{kind}")).is_file()]
+        names = [cluster / FORMAT.format(layer, self._projection, kind) for kind in _KINDS]
+        paths = [path for path in names if path.is_file()]
         if len(paths) != 1:
-            raise UserError(
-                f"there must be one of {stem}.change and .grad, found {len(paths)}; correct --on or the files"
-            )
+            raise UserError(f"there must be one of {names[0]} and .grad, found {len(paths)}; correct --on or the files")
         try:
             found = torch.load(paths[0], map_location="cpu", weights_only=True)
         except (RuntimeError, UnpicklingError, EOFError, ValueError) as error:

@@ -1,30 +1,39 @@
 """Which neurons belong to which expert: every way of LLaMA-MoE to cut an FFN (arXiv:2406.16554 section 3.1).
 
 `random`: every layer has a shuffle of its own. `clustering`: neurons with similar rows of w_up or w_gate share an
-expert. `gradient`: neurons go to the expert whose cluster of a corpus needs them most. `published`: as files say.
+expert. `coactivation`: neurons that are active for the same tokens. `gradient`: neurons go to the expert whose cluster
+of a corpus needs them most. `published`: as files say.
 
 Shapes: N neurons, D model dim, E experts, F = N / E.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint_tools.assignment import Neurons, greedy, optimal, shared
 from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
+from checkpoint_tools.coactivation import CoActivation, Cut, Graph, Kernel, hidden_features
+from checkpoint_tools.documents import blocks, documents
 from checkpoint_tools.importance import Importance
+from checkpoint_tools.source import Source
 from checkpoint_tools.split_files import covers_once, file_of, read_split_file
+from ep_engine.checkpoint import tokenizer_folder
+from ep_engine.errors import UserError
 
-Method = Literal["random", "clustering", "gradient", "published"]
+Method = Literal["random", "clustering", "coactivation", "gradient", "published"]
 Projection = Literal["up_proj", "gate_proj"]
 Assignment = Literal["optimal", "greedy", "shared"]
 
 _WAYS = {"greedy": greedy, "shared": shared}
+_PART_TOKENS = 4096  # counted, and clipped, together
 _PARTITION = 0  # a stream of random numbers of its own: the gate does not depend on it
 
 
@@ -38,6 +47,11 @@ class PartitionOptions:
     files: Path | None = None  # of published: folder of split files
     importance: Path | None = None  # of gradient: folder of importance files
     assignment: Assignment = "optimal"  # of gradient
+    corpus: tuple[Path, ...] = ()  # of coactivation: documents
+    max_tokens: int = 16384  # of the corpus
+    sequence_length: int = 512
+    kernel: Kernel = "l1_norm"  # what a feature counts
+    most: float = 1.0  # to which a pair's count in one part of the text is clipped
 
     def about(self) -> dict[str, Any]:
         """The options that the method reads, for split.json."""
@@ -45,6 +59,14 @@ class PartitionOptions:
             "random": {},
             "published": {"files": str(self.files), "on": self.on},
             "clustering": {"metric": self.metric, "on": self.on},
+            "coactivation": {
+                "corpus": [str(path) for path in self.corpus],
+                "max_tokens": self.max_tokens,
+                "sequence_length": self.sequence_length,
+                "kernel": self.kernel,
+                "threshold": self.most,
+                "on": self.on,
+            },
             "gradient": {"importance": str(self.importance), "on": self.on, "assignment": self.assignment},
         }
         return {"method": self.method, **own[self.method]}
@@ -76,6 +98,23 @@ class Partitioner:
             return all(covers_once(self.layer(layer, {}), self._width) for layer in range(num_layers))
         return options.method != "gradient" or options.assignment != "shared"
 
+    def from_text(self, source: Source) -> Iterator[tuple[int, Neurons, Cut]]:
+        """The neurons of every expert of all layers, in order, by what is active on the corpus, and the cuts.
+
+        Raises:
+            UserError: the model has no tokenizer, or the corpus is shorter than one row.
+        """
+        options = self._options
+        parts = _parts(source, options)
+        features = hidden_features(source.config, source.tensors, parts, gate_alone=options.on == "gate_proj")
+        for layer, of_layer in groupby(features, key=lambda found: found[0]):
+            counted = CoActivation(self._width, options.kernel, options.most)
+            for _, features_TN in of_layer:
+                counted.add(features_TN)
+            graph = Graph.of(counted.sum_NN.numpy())
+            del counted
+            yield layer, *graph.partition(self._num_experts, self._seed)
+
     def layer(self, layer: int, ffn: Mapping[str, Tensor]) -> Neurons:
         """The neurons of every expert, ascending, but of files in the order of the file; UserError for a bad file."""
         options, size = self._options, self._width // self._num_experts
@@ -90,6 +129,28 @@ class Partitioner:
         rows_ND = F.normalize(ffn["w_up" if options.on == "up_proj" else "w_gate"].float(), dim=1)
         clusters = balanced_kmeans(rows_ND, self._num_experts, metric=options.metric, seed=self._seed)
         return [np.flatnonzero(clusters.label_N == expert) for expert in range(self._num_experts)]
+
+
+def _parts(source: Source, options: PartitionOptions) -> list[Tensor]:
+    """The corpus in parts of whole rows, (B, S)."""
+    tokenizer = tokenizer_folder(source.folder)
+    if tokenizer is None:
+        raise UserError(f"{source.folder} has no tokenizer, which the text of --corpus needs; copy one beside it")
+    texts = (document.text for document in documents(options.corpus))
+    most = options.max_tokens // options.sequence_length
+    rows = list(islice(blocks(texts, tokenizer, options.sequence_length), most))
+    if not rows:
+        raise UserError(
+            f"--corpus or --max-tokens ({options.max_tokens}) is less than one row of --sequence-length "
+            f"({options.sequence_length}) tokens; give more text, or make rows shorter"
+        )
+    if options.sequence_length > source.config.max_position_embeddings:
+        raise UserError(
+            f"--sequence-length ({options.sequence_length}) is longer than the model's positions "
+            f"({source.config.max_position_embeddings}); choose a shorter one"
+        )
+    together = max(1, _PART_TOKENS // options.sequence_length)
+    return [torch.stack(rows[at : at + together]) for at in range(0, len(rows), together)]
 
 
 def random_partition(width: int, num_experts: int, seed: int, layer: int) -> Neurons:

@@ -8,6 +8,7 @@ Neuron n is row n of w_gate and w_up and column n of w_down. Shapes: N neurons, 
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from ep_engine.deferred import Deferred, Tensors
 from ep_engine.draft import Draft
 from ep_engine.errors import Fault, UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, first_sentence
+from ep_engine.progress import bar
 
 WEIGHTS = ("w_gate", "w_up", "w_down")
 
@@ -133,6 +135,8 @@ class _Cut:
         deferred = {name: one for name, one in kept.items() if ".ffn." not in name}
         d, f = self.config.hidden_size, self.moe.expert_hidden_size
         (draft.folder / "partition").mkdir(exist_ok=True)
+        if self.options.partition.method == "coactivation":
+            self._partition_by_text(draft)
         for layer in range(self.config.num_layers):
             dtype = kept[f"layers.{layer}.ffn.w_gate.weight"].dtype
             gate = new_gate(self.config, self.moe, self.options.seed, layer, dtype)
@@ -155,15 +159,15 @@ class _Cut:
             "source_hash": self.model.hash(),
             "neurons": [[neurons.tolist() for neurons in experts] for experts in layers],  # [L][E][F]
         }
+        if _cuts(draft).is_file():
+            record["cuts"] = json.loads(_cuts(draft).read_text())  # [L]: share of the graph's weight between experts
         text = json.dumps(record)
         (draft.folder / "split.json").write_text(text)
         if all(covers_once(experts, self.width) for experts in layers):
             (draft.folder / "split").mkdir(exist_ok=True)
             for layer, neurons in enumerate(layers):
                 write_split_file(file_of(draft.folder / "split", layer, self.options.partition.on), neurons, self.width)
-        for layer in range(self.config.num_layers):
-            _file(draft, layer).unlink()
-        (draft.folder / "partition").rmdir()
+        shutil.rmtree(draft.folder / "partition")
         return {"split_hash": hashlib.sha256(text.encode()).hexdigest()}
 
     def _maker(self, draft: Draft, layer: int, expert: int, name: str) -> Callable[[], Tensor]:
@@ -186,14 +190,34 @@ class _Cut:
             return list(np.load(path))
         given = ffn or {name: self.whole[f"layers.{layer}.ffn.{name}.weight"] for name in WEIGHTS}
         neurons = self.partitioner.layer(layer, given)
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.stack(neurons))
-        partial.rename(path)
+        _keep(path, neurons)
         return neurons
+
+    def _partition_by_text(self, draft: Draft) -> None:
+        """All layers at once, for the text goes through one after the other; not again where a run has done so."""
+        if _cuts(draft).is_file():
+            return
+        cuts = []
+        with bar("partitioning layers", self.config.num_layers) as advance:
+            for layer, neurons, cut in self.partitioner.from_text(self.model):
+                _keep(_file(draft, layer), neurons)
+                cuts.append(asdict(cut))
+                advance(layer + 1)
+        _cuts(draft).write_text(json.dumps(cuts))
 
 
 def _file(draft: Draft, layer: int) -> Path:
     return draft.folder / "partition" / f"{layer}.npy"
+
+
+def _cuts(draft: Draft) -> Path:
+    return draft.folder / "partition" / "cuts.json"
+
+
+def _keep(path: Path, neurons: Neurons) -> None:
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, np.stack(neurons))
+    partial.rename(path)
 
 
 def cut_experts(ffn: Mapping[str, Tensor], partition: Neurons) -> list[dict[str, Tensor]]:

@@ -1,0 +1,91 @@
+"""Documents: lines of `.jsonl` files with `content` or `text`, and whole `.txt` files; and their tokens in blocks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ep_engine.errors import UserError
+
+
+class Document(NamedTuple):
+    """One text, and where it stands."""
+
+    text: str
+    file: str  # its name
+    number: int  # of its line, from 0
+
+
+def documents(paths: Sequence[Path]) -> Iterator[Document]:
+    """All documents of files and of the `.jsonl` and `.txt` files in folders, in the order of names and lines.
+
+    Raises:
+        UserError: a path is missing or of another kind, a line is no JSON object with `content` or `text`, or there is
+            nothing at all.
+    """
+    files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths))} holds no .jsonl or .txt file; give documents")
+    found = False
+    for file in files:
+        for document in _of_file(file):
+            found = True
+            yield document
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))} holds no document; give some")
+
+
+def blocks(texts: Iterator[str], tokenizer: Path, length: int) -> Iterator[Tensor]:
+    """Tokens of texts one after the other, cut into blocks of so many, (S,) int64; what is left at the end is dropped.
+
+    No token is padding. Texts are parted by the tokenizer's end token, if it has one.
+
+    Raises:
+        UserError: the folder holds no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer  # which takes seconds
+
+    try:
+        encoder = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer in {tokenizer} cannot be read ({str(error).splitlines()[0]}); copy it again"
+        ) from None
+    end = [] if encoder.eos_token_id is None else [encoder.eos_token_id]
+    held: list[int] = []
+    for text in texts:
+        held += encoder(text, add_special_tokens=False)["input_ids"] + end
+        while len(held) >= length:
+            yield torch.tensor(held[:length])
+            held = held[length:]
+
+
+def _inside(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".txt"))
+
+
+def _of_file(file: Path) -> Iterator[Document]:
+    try:
+        if file.suffix == ".txt":
+            yield Document(file.read_text(encoding="utf-8"), file.name, 0)
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                if line.strip():
+                    yield Document(_text_of(line, file, number), file.name, number)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as text ({error}); correct it") from None
+
+
+def _text_of(line: str, file: Path, number: int) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    text = record.get("content", record.get("text")) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"line {number + 1} of {file} is no JSON object with `content` or `text`; correct it")
+    return text

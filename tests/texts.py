@@ -1,0 +1,36 @@
+"""A small model with a tokenizer, and documents of four kinds of words."""
+
+import json
+import random
+from pathlib import Path
+
+from ep_engine.corpus import train_tokenizer
+from tests.small_models import dense_folder
+
+WORDS = (
+    "river stream water lake rain flood boat bridge",
+    "engine motor wheel brake gear piston road truck",
+    "violin piano chord melody rhythm song choir flute",
+    "bread flour butter oven sugar yeast cake dough",
+)
+VOCABULARY = 300
+
+
+def write_documents(folder: Path, count: int = 80) -> Path:
+    """Two files of documents; document n is of kind n % 4."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS[n % 4].split(), k=30)) for n in range(count)]
+    half = count // 2
+    for name, key, some in (("a.jsonl", "content", texts[:half]), ("b.jsonl", "text", texts[half:])):
+        (folder / name).write_text("".join(json.dumps({key: text}) + "\n" for text in some))
+    return folder
+
+
+def text_model(folder: Path) -> Path:
+    """A dense model and its tokenizer in one folder."""
+    source = dense_folder(folder / "model", vocab_size=VOCABULARY)
+    train_tokenizer([*WORDS] * 3, VOCABULARY, folder / "tokenizer")
+    for file in (folder / "tokenizer").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    return source
