@@ -6,6 +6,8 @@ lower neuron comes first in an expert's order.
 Shape letters:  N neurons   E experts   S neurons of an expert
 """
 
+from collections import Counter
+
 import numpy as np
 from numpy.typing import NDArray
 from ortools.graph.python import min_cost_flow
@@ -44,14 +46,14 @@ class Balanced:
         return column_N
 
 
-def optimal(score_EN: NDArray[np.floating]) -> Neurons:
-    """Every neuron to one expert, N / E to each, with the largest sum of scores; ascending within an expert."""
-    num_experts, width = score_EN.shape
-    expert_N = Balanced(width, num_experts).assign(-score_EN.T)
-    return [np.flatnonzero(expert_N == expert) for expert in range(num_experts)]
+def optimal(score_EN: NDArray[np.floating], free_N: NDArray[np.bool_] | None = None) -> Neurons:
+    """Every free neuron to one expert, as many to each, with the largest sum of scores; ascending within an expert."""
+    free = np.arange(score_EN.shape[1]) if free_N is None else np.flatnonzero(free_N)
+    expert_N = Balanced(len(free), len(score_EN)).assign(-score_EN[:, free].T)
+    return [free[expert_N == expert] for expert in range(len(score_EN))]
 
 
-def greedy(score_EN: NDArray[np.floating], size: int) -> Neurons:
+def greedy(score_EN: NDArray[np.floating], size: int, free_N: NDArray[np.bool_] | None = None) -> Neurons:
     """The published way: of the best free neuron of every expert that is not full, the best score goes first.
 
     Of equal scores the highest expert wins. Lists are in the order in which they grew; E * S neurons find a place.
@@ -59,7 +61,7 @@ def greedy(score_EN: NDArray[np.floating], size: int) -> Neurons:
     num_experts, width = score_EN.shape
     order_EN = np.argsort(-score_EN, axis=1, kind="stable")
     chosen: list[list[int]] = [[] for _ in range(num_experts)]
-    free_N, at = np.ones(width, dtype=bool), [0] * num_experts
+    free_N, at = np.ones(width, dtype=bool) if free_N is None else free_N.copy(), [0] * num_experts
     for _ in range(num_experts * size):
         best = -1
         for expert in range(num_experts):
@@ -76,6 +78,23 @@ def greedy(score_EN: NDArray[np.floating], size: int) -> Neurons:
     return [np.array(neurons, dtype=np.int64) for neurons in chosen]
 
 
-def shared(score_EN: NDArray[np.floating], size: int) -> Neurons:
-    """Inner sharing: every expert takes its best S neurons, whoever else has them; best first."""
-    return [order_N[:size] for order_N in np.argsort(-score_EN, axis=1, kind="stable")]
+def residual(score_EN: NDArray[np.floating], size: int, count: int) -> Neurons:
+    """Inter sharing: the neurons that most experts want, for `count` experts of S that every token goes through.
+
+    In rounds: of the best S neurons of every expert that are left, those that most of them name, lower ids first.
+    """
+    order = [order_N.tolist() for order_N in np.argsort(-score_EN, axis=1, kind="stable")]
+    taken: list[int] = []
+    while len(taken) < count * size:
+        wanted = Counter(neuron for order_N in order for neuron in order_N[:size])
+        most = max(wanted.values())
+        taken += sorted(neuron for neuron, times in wanted.items() if times == most)[: count * size - len(taken)]
+        gone = set(taken)
+        order = [[neuron for neuron in order_N if neuron not in gone] for order_N in order]
+    return [np.array(part, dtype=np.int64) for part in np.array_split(taken, count)]
+
+
+def shared(score_EN: NDArray[np.floating], size: int, free_N: NDArray[np.bool_] | None = None) -> Neurons:
+    """Inner sharing: every expert takes its best S free neurons, whoever else has them; best first."""
+    order_EN = np.argsort(-score_EN, axis=1, kind="stable")
+    return [order_N[slice(None) if free_N is None else free_N[order_N]][:size] for order_N in order_EN]

@@ -8,7 +8,7 @@ import typer
 from checkpoint_tools.conversion import Conversion, How
 from ep_engine.command_line import print_json
 from ep_engine.errors import UserError
-from ep_engine.output import check_output_folder
+from ep_engine.output import check_output_file, check_output_folder
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -107,8 +107,21 @@ def split_command(
     threshold: Annotated[
         float, typer.Option(min=0, help="of coactivation: most that a pair counts in 4096 tokens")
     ] = 1.0,
+    reference_compat: Annotated[
+        bool,
+        typer.Option(
+            "--reference-compat",
+            help="of clustering and gradient: as the published code, l2 whatever --metric says, clusters in text order",
+        ),
+    ] = False,
+    residual_experts: Annotated[
+        int, typer.Option(min=0, help="of gradient and published: experts that every token goes through")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="of the shuffles and of the router's weights")] = 0,
     gate: Annotated[str, typer.Option(help="router: mlp or linear")] = "mlp",
+    gate_init: Annotated[
+        Literal["random", "neurons"], typer.Option(help="router's weights, or the mean direction of an expert's rows")
+    ] = "random",
     score_scale: Annotated[
         float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")
     ] = None,
@@ -133,12 +146,13 @@ def split_command(
         "sequence-length": sequence_length != 512,
         "kernel": kernel != "l1_norm",
         "threshold": threshold != 1.0,
+        "reference-compat": reference_compat,
     }
     read = {
         "random": (),
-        "clustering": ("metric", "on"),
+        "clustering": ("metric", "on", "reference-compat"),
         "coactivation": ("on", "corpus", "max-tokens", "sequence-length", "kernel", "threshold"),
-        "gradient": ("on", "importance", "assignment"),
+        "gradient": ("on", "importance", "assignment", "reference-compat"),
         "published": ("on", "files"),
     }[method]
     for name in (name for name, value in given.items() if value and name not in read):
@@ -150,9 +164,9 @@ def split_command(
     if method == "coactivation" and not corpus:
         raise UserError("--method coactivation needs --corpus, the text that neurons are watched on; give it")
     check_output_folder(out, overwrite=overwrite)
-    texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold)
+    texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
     partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
-    options = split.SplitOptions(num_experts, top_k, seed, gate, score_scale, partition)
+    options = split.SplitOptions(num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init)
     _run(split.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
 
 
@@ -263,6 +277,60 @@ def upcycle_command(
         residual=residual,
     )
     _run(upcycle.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
+
+
+@app.command("describe-split")
+def describe_split_command(
+    checkpoint: Annotated[Path, typer.Argument(help="that `split` has made")],
+    picture: Annotated[Path | None, typer.Option(help="also draw it, as .png, .svg or .pdf")] = None,
+    importance: Annotated[Path | None, typer.Option(help="scores that it was made from, to draw them too")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Which experts share neurons, how large they are, and how far scores told neurons apart."""
+    from checkpoint_tools.importance import Importance
+    from checkpoint_tools.split_report import describe_split, read_split, save_split_picture
+    from ep_engine.collaboration_report import picture_kind
+
+    if importance is not None and picture is None:
+        raise UserError(f"--importance ({importance}) has no effect without --picture, where it is drawn; name one")
+    if picture is not None:
+        check_output_file(picture, overwrite=overwrite)
+        picture_kind(picture)
+    record = read_split(checkpoint)
+    found = describe_split(record)
+    if picture is not None:
+        shape = record["num_experts"], record["intermediate_size"], record.get("residual_experts", 0)
+        on = record.get("on", "up_proj")
+        scores = None if importance is None else Importance(importance, on, *shape)
+        save_split_picture(picture, record, scores)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(
+            f"{checkpoint}: experts of {found['smallest_expert']} to {found['largest_expert']} neurons, "
+            f"{found['neurons_in_several']:.1%} of neurons in several, {found['neurons_in_none']:.1%} in none, two "
+            f"experts share {found['overlap']:.1%}"
+        )
+
+
+@app.command("calibrate")
+def calibrate_command(
+    folder: Annotated[Path, typer.Argument(help="engine checkpoint of a split model, whose model.json is changed")],
+    dense: Annotated[Path, typer.Argument(help="what it was split from")],
+    corpus: Annotated[list[Path], typer.Option(help=".jsonl and .txt files, or folders of them")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="of the corpus")] = 4096,
+    sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a row")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Set a score scale for each layer, so that experts add as much to the residual stream as the FFN did."""
+    from checkpoint_tools.calibrate import calibrate
+
+    scales = calibrate(folder, dense, corpus, max_tokens=max_tokens, sequence_length=sequence_length)
+    if as_json:
+        print_json({"score_scale": scales})
+    else:
+        typer.echo(f"set score scales of {len(scales)} layers in {folder}, {min(scales):.3f} to {max(scales):.3f}")
 
 
 @app.command("verify")

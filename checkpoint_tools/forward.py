@@ -35,15 +35,8 @@ def outputs(
     yield "embedding", x_BSD
     positions = Positions(config)
     for layer in range(config.num_layers):
-        at = f"layers.{layer}"
         x_BSD = attended(x_BSD, config, tensors, positions, layer)
-        h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
-        moe = config.moe_of(layer)
-        if moe is None:
-            y_TD = _ffn(h_TD, tensors, f"{at}.ffn", ".weight", bias=config.mlp_bias)
-        else:
-            y_TD = _mixture(h_TD, config, moe, layer, tensors, all_experts=all_experts)
-        x_BSD = x_BSD + y_TD.view_as(x_BSD)
+        x_BSD = x_BSD + feed_forward(x_BSD, config, tensors, layer, all_experts=all_experts)
         yield f"layer {layer}", x_BSD
     head = tensors["embed.weight" if config.tie_embeddings else "head.weight"]
     yield "logits", F.linear(normed(x_BSD, config, tensors, "norm"), head.float())
@@ -55,6 +48,20 @@ def attended(x_BSD: Tensor, config: ModelConfig, tensors: Tensors, positions: Po
     attention = _filled(Attention(config, positions), tensors, f"{at}.attention")
     y_BSD: Tensor = attention(normed(x_BSD, config, tensors, f"{at}.attention_norm"))
     return x_BSD + y_BSD
+
+
+def feed_forward(
+    x_BSD: Tensor, config: ModelConfig, tensors: Tensors, layer: int, *, all_experts: bool = False
+) -> Tensor:
+    """What a layer's FFN or experts add to the residual stream after attention."""
+    at = f"layers.{layer}"
+    h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
+    moe = config.moe_of(layer)
+    if moe is None:
+        y_TD = _ffn(h_TD, tensors, f"{at}.ffn", ".weight", bias=config.mlp_bias)
+    else:
+        y_TD = _mixture(h_TD, config, moe, layer, tensors, all_experts=all_experts)
+    return y_TD.view_as(x_BSD)
 
 
 def normed(x: Tensor, config: ModelConfig, tensors: Tensors, at: str) -> Tensor:
@@ -99,6 +106,8 @@ def _mixture(
         y_TD = y_TD + shared_TD
     if moe.residual_experts:
         shares_TR = F.linear(x_TD, tensors[f"{at}.residual.gate.weight"].float()).softmax(dim=1) * moe.residual_scale
+        if all_experts:
+            shares_TR = torch.ones_like(shares_TR)
         for expert in range(moe.residual_experts):
             each_TD = _ffn(x_TD, tensors, f"{at}.residual.each.{expert}", ".weight")
             y_TD = y_TD + shares_TR[:, expert, None] * each_TD

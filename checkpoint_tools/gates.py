@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ep_engine.model_config import ModelConfig, MoEConfig
 
-_GATE = 1  # a stream of random numbers of its own: partitions of neurons do not depend on the gate
+# Streams of random numbers of their own: partitions of neurons do not depend on gates.
+_GATE, _RESIDUAL_GATE = 1, 4
 
 
 def new_gate(config: ModelConfig, moe: MoEConfig, seed: int, layer: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -31,6 +32,21 @@ def new_gate(config: ModelConfig, moe: MoEConfig, seed: int, layer: int, dtype: 
     if moe.gate_noise:
         gate["w_noise"] = torch.zeros(e, d, dtype=dtype)
     return gate
+
+
+def new_residual_gate(config: ModelConfig, moe: MoEConfig, seed: int, layer: int, dtype: torch.dtype) -> Tensor:
+    """(r, D) from N(0, initializer_range^2)."""
+    random = np.random.default_rng([seed, _RESIDUAL_GATE, layer])
+    draw = random.standard_normal((moe.residual_experts, config.hidden_size), dtype=np.float32)
+    return torch.from_numpy(draw * np.float32(config.initializer_range)).to(dtype)
+
+
+def mean_directions(experts: list[Tensor]) -> Tensor:
+    """(E, D): the mean of the rows of each expert, each of length one; a token is near to neurons it would excite.
+
+    LLaMA-MoE's `weight` initialisation of a gate, which has the identity as its second matrix.
+    """
+    return torch.stack([torch.nn.functional.normalize(rows.float(), dim=1).mean(dim=0) for rows in experts])
 
 
 def in_groups(gate: dict[str, Tensor], group_size: int) -> dict[str, Tensor]:

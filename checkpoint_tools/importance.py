@@ -25,24 +25,28 @@ class Importance:
     Args:
         folder: DIR.
         projection: `up_proj` or `gate_proj`, in the names of the files.
-        num_experts: E; there are as many clusters.
+        num_experts: E; there are as many clusters, or `spare` more, which are not read.
         width: N.
+        spare: clusters of residual experts.
+        by_text: take clusters in the order of their numbers as text, 0, 1, 10, 2, as the published code does.
 
     Raises:
         UserError: there are fewer or more clusters, or their names are no numbers.
     """
 
-    def __init__(self, folder: Path, projection: str, num_experts: int, width: int) -> None:
+    def __init__(
+        self, folder: Path, projection: str, num_experts: int, width: int, spare: int = 0, *, by_text: bool = False
+    ) -> None:
         self._projection, self._width = projection, width
         if not folder.is_dir():
             raise UserError(f"--importance {folder} is no folder; give that with a folder for each cluster")
         names = [path.name for path in folder.iterdir() if path.is_dir()]
-        if not all(name.isdecimal() for name in names) or len(names) != num_experts:
+        if not all(name.isdecimal() for name in names) or len(names) not in (num_experts, num_experts + spare):
             raise UserError(
                 f"--importance {folder} has folders {sorted(names)[:9]}, expected one with a number for each of "
                 f"{num_experts} experts; correct --num-experts or the folder"
             )
-        self._clusters = [folder / name for name in sorted(names, key=int)]
+        self._clusters = [folder / name for name in sorted(names, key=str if by_text else int)[:num_experts]]
 
     def layer(self, layer: int) -> NDArray[np.float64]:
         """Scores of a layer, (E, N).

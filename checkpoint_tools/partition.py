@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from checkpoint_tools.assignment import Neurons, greedy, optimal, shared
+from checkpoint_tools.assignment import Neurons, greedy, optimal, residual, shared
 from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
 from checkpoint_tools.coactivation import CoActivation, Cut, Graph, Kernel, hidden_features
 from checkpoint_tools.documents import blocks, documents
@@ -52,6 +53,7 @@ class PartitionOptions:
     sequence_length: int = 512
     kernel: Kernel = "l1_norm"  # what a feature counts
     most: float = 1.0  # to which a pair's count in one part of the text is clipped
+    reference_compat: bool = False  # as the published code: clusters ordered as text, and l2 whatever the metric says
 
     def about(self) -> dict[str, Any]:
         """The options that the method reads, for split.json."""
@@ -69,7 +71,8 @@ class PartitionOptions:
             },
             "gradient": {"importance": str(self.importance), "on": self.on, "assignment": self.assignment},
         }
-        return {"method": self.method, **own[self.method]}
+        compat = {"reference_compat": True} if self.reference_compat else {}
+        return {"method": self.method, **own[self.method], **compat}
 
 
 class Partitioner:
@@ -77,19 +80,23 @@ class Partitioner:
 
     Args:
         options: how.
-        num_experts: E, divides N.
-        width: N.
+        num_experts: E.
+        width: N, which the number of all experts divides.
         seed: of shuffles and of first centres.
+        residual: experts that every token goes through, which come first.
 
     Raises:
         UserError: there are not as many clusters of scores as experts.
     """
 
-    def __init__(self, options: PartitionOptions, num_experts: int, width: int, seed: int) -> None:
+    def __init__(self, options: PartitionOptions, num_experts: int, width: int, seed: int, residual: int = 0) -> None:
         self._options, self._num_experts, self._width, self._seed = options, num_experts, width, seed
+        self._residual, self._size = residual, width // (num_experts + residual)
         self._scores = None
         if options.importance is not None:
-            self._scores = Importance(options.importance, options.on, num_experts, width)
+            self._scores = Importance(
+                options.importance, options.on, num_experts, width, residual, by_text=options.reference_compat
+            )
 
     def covers_once(self, num_layers: int) -> bool:
         """Whether every neuron of every layer will be in one expert; UserError for a bad file."""
@@ -117,18 +124,27 @@ class Partitioner:
 
     def layer(self, layer: int, ffn: Mapping[str, Tensor]) -> Neurons:
         """The neurons of every expert, ascending, but of files in the order of the file; UserError for a bad file."""
-        options, size = self._options, self._width // self._num_experts
+        options = self._options
         if options.files is not None:
-            return read_split_file(file_of(options.files, layer, options.on), self._num_experts, self._width)
+            total = self._num_experts + self._residual
+            return read_split_file(file_of(options.files, layer, options.on), total, self._width)
         if self._scores is not None:
-            score_EN = self._scores.layer(layer)
-            found = optimal(score_EN) if options.assignment == "optimal" else _WAYS[options.assignment](score_EN, size)
-            return [np.sort(neurons) for neurons in found]
+            return [np.sort(neurons) for neurons in self._by_scores(self._scores.layer(layer))]
         if options.method == "random":
             return random_partition(self._width, self._num_experts, self._seed, layer)
         rows_ND = F.normalize(ffn["w_up" if options.on == "up_proj" else "w_gate"].float(), dim=1)
-        clusters = balanced_kmeans(rows_ND, self._num_experts, metric=options.metric, seed=self._seed)
+        metric = "l2" if options.reference_compat else options.metric
+        clusters = balanced_kmeans(rows_ND, self._num_experts, metric=metric, seed=self._seed)
         return [np.flatnonzero(clusters.label_N == expert) for expert in range(self._num_experts)]
+
+    def _by_scores(self, score_EN: NDArray[np.float64]) -> Neurons:
+        """First what is common, then each expert's own."""
+        common = residual(score_EN, self._size, self._residual) if self._residual else []
+        free_N = np.ones(self._width, dtype=bool)
+        free_N[np.concatenate([np.empty(0, np.int64), *common])] = False
+        if self._options.assignment == "optimal":
+            return [*common, *optimal(score_EN, free_N)]
+        return [*common, *_WAYS[self._options.assignment](score_EN, self._size, free_N)]
 
 
 def _parts(source: Source, options: PartitionOptions) -> list[Tensor]:

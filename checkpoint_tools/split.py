@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from checkpoint_tools.assignment import Neurons
 from checkpoint_tools.conversion import How, ToCheckpoint
-from checkpoint_tools.gates import new_gate
+from checkpoint_tools.gates import mean_directions, new_gate, new_residual_gate
 from checkpoint_tools.partition import Partitioner, PartitionOptions
 from checkpoint_tools.source import Source, check_apart, open_source
 from checkpoint_tools.split_files import covers_once, file_of, write_split_file
@@ -46,6 +46,8 @@ class SplitOptions:
     gate: str = "mlp"  # `mlp` or `linear`
     score_scale: float | None = None  # None: E / k, which keeps the magnitude of the FFN's output
     partition: PartitionOptions = field(default_factory=PartitionOptions)
+    residual: int = 0  # experts that every token goes through, of the neurons that most clusters want, or as files say
+    gate_init: Literal["random", "neurons"] = "random"  # neurons: the mean direction of an expert's rows
 
 
 def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = False) -> ModelConfig:
@@ -65,7 +67,7 @@ def prepare(source: Path, out: Path, options: SplitOptions) -> ToCheckpoint:
     Args:
         source: dense Hugging Face folder or engine checkpoint.
         out: checkpoint to write.
-        options: num_experts must divide the FFN width; top_k in 1..num_experts.
+        options: the number of all experts must divide the FFN width; top_k in 1..num_experts.
 
     Raises:
         UserError: the model is a MoE already or has FFN biases, or the sizes do not fit.
@@ -91,7 +93,7 @@ def prepare(source: Path, out: Path, options: SplitOptions) -> ToCheckpoint:
 
 def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
     """The configuration of the split model; UserError if it cannot be made."""
-    e, width = options.num_experts, dense.intermediate_size
+    e, width = options.num_experts + options.residual, dense.intermediate_size
     if dense.moe is not None:
         raise UserError(f"the model has {dense.moe.num_experts} experts per layer already; split takes a dense model")
     if dense.mlp_bias:
@@ -101,17 +103,28 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
     if e < 1 or width % e:
         near = [n for n in range(1, min(width, 256) + 1) if width % n == 0]
         best = sorted(sorted(near, key=lambda n: abs(n - e))[:3])
+        what = f"--num-experts and --residual-experts ({e} in all)" if options.residual else f"--num-experts ({e})"
         raise UserError(
-            f"--num-experts ({e}) must divide the FFN width ({width}) so that all experts are of one size; "
-            f"choose {', '.join(map(str, best))}"
+            f"{what} must divide the FFN width ({width}) so that all experts are of one size; choose "
+            f"{', '.join(map(str, best))}"
+        )
+    if options.residual and options.partition.method not in ("gradient", "published"):
+        raise UserError(
+            f"--residual-experts ({options.residual}) has no effect on --method {options.partition.method}; leave it "
+            "out"
         )
     try:
         moe = MoEConfig(
-            num_experts=e,
+            num_experts=options.num_experts,
             top_k=options.top_k,
             expert_hidden_size=width // e,
             gate=options.gate,  # type: ignore[arg-type]  # pydantic checks it
-            score_scale=e / max(options.top_k, 1) if options.score_scale is None else options.score_scale,
+            score_scale=options.num_experts / max(options.top_k, 1)
+            if options.score_scale is None
+            else options.score_scale,
+            residual_experts=options.residual,
+            residual_hidden_size=width // e if options.residual else 0,
+            residual_scale=float(max(options.residual, 1)),  # at equal shares their plain sum
         )
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
@@ -126,7 +139,9 @@ class _Cut:
         self.model, self.config, self.moe, self.options = model, config, config.moe, options
         self.width = model.config.intermediate_size
         self.whole = model.hashed()
-        self.partitioner = Partitioner(options.partition, options.num_experts, self.width, options.seed)
+        self.partitioner = Partitioner(
+            options.partition, options.num_experts, self.width, options.seed, options.residual
+        )
         self.now: tuple[int, list[dict[str, Tensor]]] | None = None
 
     def tensors(self, draft: Draft) -> Tensors:
@@ -138,15 +153,36 @@ class _Cut:
         if self.options.partition.method == "coactivation":
             self._partition_by_text(draft)
         for layer in range(self.config.num_layers):
-            dtype = kept[f"layers.{layer}.ffn.w_gate.weight"].dtype
-            gate = new_gate(self.config, self.moe, self.options.seed, layer, dtype)
-            deferred |= {f"layers.{layer}.moe.router.{name}": Deferred.of(weight) for name, weight in gate.items()}
-            for expert in range(self.moe.num_experts):
+            dtype, at = kept[f"layers.{layer}.ffn.w_gate.weight"].dtype, f"layers.{layer}.moe"
+            deferred |= {f"{at}.router.{name}": one for name, one in self._gate(draft, layer, dtype).items()}
+            if self.options.residual:
+                gate = new_residual_gate(self.config, self.moe, self.options.seed, layer, dtype)
+                deferred[f"{at}.residual.gate.weight"] = Deferred.of(gate)
+            for number in range(self.options.residual + self.moe.num_experts):
+                routed = number - self.options.residual
                 for name in WEIGHTS:
+                    entry = (
+                        f"{at}.residual.each.{number}.{name}.weight" if routed < 0 else f"{at}.experts.{routed}.{name}"
+                    )
                     shape = (d, f) if name == "w_down" else (f, d)
-                    make = self._maker(draft, layer, expert, name)
-                    deferred[f"layers.{layer}.moe.experts.{expert}.{name}"] = Deferred(shape, dtype, make)
+                    deferred[entry] = Deferred(shape, dtype, self._maker(draft, layer, number, name))
         return Tensors(deferred)
+
+    def _gate(self, draft: Draft, layer: int, dtype: torch.dtype) -> dict[str, Deferred]:
+        """The router's weights; the first matrix may come from the experts."""
+        gate = new_gate(self.config, self.moe, self.options.seed, layer, dtype)
+        found = {name: Deferred.of(weight) for name, weight in gate.items()}
+        if self.options.gate_init == "neurons":
+            rows = "w_up" if self.options.partition.on == "up_proj" else "w_gate"
+
+            def directions() -> Tensor:
+                experts = self._experts(draft, layer)[self.options.residual :]
+                return mean_directions([expert[rows] for expert in experts]).to(dtype)
+
+            found["w_in"] = Deferred(tuple(gate["w_in"].shape), dtype, directions)
+            if "w_out" in gate:
+                found["w_out"] = Deferred.of(torch.eye(self.moe.num_experts, dtype=dtype))
+        return found
 
     def finish(self, draft: Draft) -> dict[str, Any]:
         """Write split.json and, if they can say it, published files; their hash for the manifest."""
@@ -156,6 +192,7 @@ class _Cut:
             "seed": self.options.seed,
             "intermediate_size": self.width,
             "num_experts": self.moe.num_experts,
+            "residual_experts": self.options.residual,  # the first of `neurons`
             "source_hash": self.model.hash(),
             "neurons": [[neurons.tolist() for neurons in experts] for experts in layers],  # [L][E][F]
         }
@@ -166,7 +203,8 @@ class _Cut:
         if all(covers_once(experts, self.width) for experts in layers):
             (draft.folder / "split").mkdir(exist_ok=True)
             for layer, neurons in enumerate(layers):
-                write_split_file(file_of(draft.folder / "split", layer, self.options.partition.on), neurons, self.width)
+                path = file_of(draft.folder / "split", layer, self.options.partition.on)
+                write_split_file(path, neurons, self.width, as_lists=self.options.residual > 0)
         shutil.rmtree(draft.folder / "partition")
         return {"split_hash": hashlib.sha256(text.encode()).hexdigest()}
 
@@ -234,7 +272,7 @@ def check_experts(ffn: Mapping[str, Tensor], experts: list[dict[str, Tensor]], l
 
     Args:
         ffn: w_gate (N, D), w_up (N, D), w_down (D, N).
-        experts: E times w_gate (F, D), w_up (F, D), w_down (D, F).
+        experts: each with w_gate (F, D), w_up (F, D), w_down (D, F).
         layer: named in the message.
     """
     for name in WEIGHTS:

@@ -59,8 +59,14 @@ def read_split_file(path: Path, num_experts: int, width: int) -> Neurons:
     return experts
 
 
-def write_split_file(path: Path, experts: Neurons, width: int) -> None:
-    """Labels as a list of ints, as the published random split writes them; every neuron belongs to one expert."""
+def write_split_file(path: Path, experts: Neurons, width: int, *, as_lists: bool = False) -> None:
+    """Labels as a list of ints, as the published random split writes them; every neuron belongs to one expert.
+
+    `as_lists`: the neurons of every expert, as the published split with residual experts, which come first, has it.
+    """
+    if as_lists:
+        torch.save([neurons.tolist() for neurons in experts], path)
+        return
     label_N = np.empty(width, dtype=np.int64)
     for expert, neurons in enumerate(experts):
         label_N[neurons] = expert

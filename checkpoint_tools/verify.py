@@ -157,7 +157,10 @@ def _config_differences(a: ModelConfig, b: ModelConfig, *, all_experts: bool) ->
 
 
 def _width(config: ModelConfig) -> int:
-    return config.intermediate_size if config.moe is None else config.moe.num_experts * config.moe.expert_hidden_size
+    moe = config.moe
+    if moe is None:
+        return config.intermediate_size
+    return moe.num_experts * moe.expert_hidden_size + moe.residual_experts * moe.residual_hidden_size
 
 
 def _entry_differences(a: Source, b: Source, *, all_experts: bool) -> tuple[list[str], list[str], list[str]]:

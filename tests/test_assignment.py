@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from checkpoint_tools.assignment import Balanced, greedy, optimal, shared
+from checkpoint_tools.assignment import Balanced, greedy, optimal, residual, shared
 
 TWO = np.array([[9, 1, 8, 2, 7, 3, 6, 4], [1, 9, 8, 7, 2, 3, 5, 6]], dtype=np.float64)
 
@@ -46,3 +46,18 @@ def test_the_exact_way_is_no_worse_than_the_greedy_one_and_both_lose_nothing(
         assert sorted(np.concatenate(chosen)) == list(range(experts * size))
         sums[name] = sum(score_EN[expert, neurons].sum() for expert, neurons in enumerate(chosen))
     assert sums["optimal"] >= sums["greedy"] - 1e-4
+
+
+def test_what_most_want_is_residual_as_the_specification_has_it() -> None:
+    """specs/llama_moe.md 1.4.4 c: two experts and one residual expert of three neurons."""
+    score_EN = np.array([[9, 8, 1, 7, 2, 6, 3, 5, 4], [9, 1, 8, 7, 2, 3, 6, 4, 5]], dtype=float)
+    (common,) = residual(score_EN, 3, 1)
+    assert common.tolist() == [0, 3, 1]
+    free_N = ~np.isin(np.arange(9), common)
+    assert [one.tolist() for one in shared(score_EN, 3, free_N)] == [[5, 7, 8], [2, 6, 8]]
+    assert [one.tolist() for one in greedy(score_EN, 3, free_N)] == [[5, 7, 4], [2, 6, 8]]
+    found = optimal(score_EN, free_N)
+    assert sorted(np.concatenate(found).tolist()) == [2, 4, 5, 6, 7, 8]
+    total = sum(float(score_EN[expert, of].sum()) for expert, of in enumerate(found))
+    assert total >= 6 + 5 + 2 + 8 + 6 + 5
+    assert [len(part) for part in residual(score_EN, 2, 3)] == [2, 2, 2]

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.all_to_all import rows_to_send
 from benchmarks.c2r import draw, over_seeds, verdicts
-from benchmarks.construction import assignments, ours
+from benchmarks.construction import assignments, graph, ours
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
 from benchmarks.nodes import gbit
 from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, moved_by, shared_rows, tier_of, to_toml
@@ -185,6 +185,9 @@ def test_construction_is_measured_on_the_same_rows_and_scores() -> None:
     assert found["exact"]["sum_of_scores"] >= found["greedy"]["sum_of_scores"] - 1e-6  # added up in another order
     grouped, noise = (ours(640, 64, 4, signal, "l2")["inertia"] for signal in (2.0, 0.0))
     assert 0 < grouped < noise < 640  # rows have length one
+    cut = graph(64, 4, tokens=256)
+    assert (cut["sizes_exact"], cut["groups_found"]) == (1, 1)
+    assert cut["entries"] <= 64 * 63
 
 
 def test_a_tier_is_made_of_two_rates() -> None:

@@ -230,6 +230,60 @@ def test_neurons_go_where_they_are_needed(assignment: str, dense: Path, tmp_path
         assert experts == [torch.nonzero(wanted_LN[layer] == expert)[:, 0].tolist() for expert in range(12)]
 
 
+def test_published_code_takes_clusters_in_the_order_of_text(dense: Path, tmp_path: Path) -> None:
+    wanted_N = torch.arange(48) % 12
+    score_LEN = torch.rand(2, 12, 48) + 2 * (wanted_N == torch.arange(12)[:, None])
+    scores = write_importance(tmp_path / "scores", score_LEN)
+    arguments = ("--method", "gradient", "--importance", scores, "--assignment", "greedy", "--reference-compat")
+    assert run_tool("split", dense, tmp_path / "moe", *arguments, "--num-experts", 12, "--top-k", 2) == 0
+    record = json.loads((tmp_path / "moe" / "split.json").read_text())
+    order = sorted(range(12), key=str)  # 0, 1, 10, 11, 2, ...
+    assert record["reference_compat"] is True
+    for experts in record["neurons"]:
+        assert experts == [torch.nonzero(wanted_N == cluster)[:, 0].tolist() for cluster in order]
+
+
+def test_published_code_clusters_by_l2_whatever_it_is_told(dense: Path, tmp_path: Path) -> None:
+    sizes = ("--method", "clustering", "--num-experts", 4, "--top-k", 2)
+    found = {}
+    for name, more in (("l2", ()), ("cos", ("--metric", "cos")), ("compat", ("--metric", "cos", "--reference-compat"))):
+        assert run_tool("split", dense, tmp_path / name, *sizes, *more) == 0
+        found[name] = json.loads((tmp_path / name / "split.json").read_text())["neurons"]
+    assert found["compat"] == found["l2"] != found["cos"]
+
+
+@pytest.mark.parametrize("assignment", ["optimal", "greedy"])
+def test_what_most_clusters_want_becomes_residual(assignment: str, dense: Path, tmp_path: Path) -> None:
+    """Of 4 routed and 2 residual experts of 8 neurons: all want the first 16, then each its own."""
+    score_LEN = torch.rand(2, 4, 48, generator=torch.Generator().manual_seed(0))
+    score_LEN[:, :, :16] += 4
+    own_N = (torch.arange(48) - 16) // 8
+    score_LEN += 2 * (own_N == torch.arange(4)[:, None])
+    scores = write_importance(tmp_path / "scores", score_LEN)
+    arguments = ("--method", "gradient", "--importance", scores, "--assignment", assignment, "--gate-init", "neurons")
+    sizes = ("--num-experts", 4, "--residual-experts", 2, "--top-k", 2)
+    assert run_tool("split", dense, tmp_path / "moe", *arguments, *sizes) == 0
+    record = json.loads((tmp_path / "moe" / "split.json").read_text())
+    assert record["residual_experts"] == 2
+    for experts in record["neurons"]:
+        assert sorted(experts[0] + experts[1]) == list(range(16))
+        assert experts[2:] == [list(range(16 + 8 * e, 24 + 8 * e)) for e in range(4)]
+    assert run_tool("verify", dense, tmp_path / "moe", "--all-experts") == 0
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
+    assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaMoEResidualForCausalLM"]
+    assert (config["intermediate_size_moe"], config["intermediate_size_residual"]) == (32, 16)
+    tensors, whole = open_source(tmp_path / "moe").tensors, open_source(dense).tensors
+    rows = torch.nn.functional.normalize(whole["layers.1.ffn.w_up.weight"][24:32], dim=1)
+    torch.testing.assert_close(tensors["layers.1.moe.router.w_in"][1], rows.mean(dim=0))
+    assert torch.equal(tensors["layers.1.moe.router.w_out"], torch.eye(4))
+    files = ("--method", "published", "--files", tmp_path / "moe" / "split", *sizes)
+    assert run_tool("split", dense, tmp_path / "again", *files) == 0
+    again = json.loads((tmp_path / "again" / "split.json").read_text())
+    assert again["neurons"] == record["neurons"]
+
+
 def test_scores_that_do_not_fit_are_refused(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +332,14 @@ BAD_OPTIONS = {
     "a metric of nothing": (
         ["--num-experts", 4, "--top-k", 2, "--metric", "cos"],
         "--metric has no effect on --method random; leave it out",
+    ),
+    "residual of nothing": (
+        ["--num-experts", 3, "--top-k", 2, "--residual-experts", 1],
+        r"--residual-experts \(1\) has no effect on --method random",
+    ),
+    "uneven with residual": (
+        ["--num-experts", 4, "--top-k", 2, "--residual-experts", 1, "--method", "gradient", "--importance", "x"],
+        r"--num-experts and --residual-experts \(5 in all\) must divide the FFN width \(48\)",
     ),
     "no files": (["--num-experts", 4, "--top-k", 2, "--method", "published"], "--method published needs --files"),
     "no scores": (["--num-experts", 4, "--top-k", 2, "--method", "gradient"], "--method gradient needs --importance"),
