@@ -78,7 +78,7 @@ def graph(neurons: int, experts: int, tokens: int = 4096) -> dict[str, float]:
     draw = torch.Generator().manual_seed(0)
     hidden_N = torch.randperm(neurons, generator=draw) % experts
     topic_T = torch.randint(experts, (tokens,), generator=draw)
-    features_TN = torch.rand(tokens, neurons, generator=draw)
+    features_TN = 0.2 * torch.rand(tokens, neurons, generator=draw)
     features_TN += (topic_T[:, None] == hidden_N).float()
     started = time.perf_counter()
     counted = CoActivation(neurons, "l1_norm", float("inf"))

@@ -244,10 +244,23 @@ def test_published_code_takes_clusters_in_the_order_of_text(dense: Path, tmp_pat
 
 
 def test_published_code_clusters_by_l2_whatever_it_is_told(dense: Path, tmp_path: Path) -> None:
+    """On rows in groups, some of them close and some wide, with which the two metrics do not agree."""
+    draw = torch.Generator().manual_seed(6)
+    centre, spread = torch.randn(4, 32, generator=draw), torch.tensor([0.1, 0.5, 2.0, 6.0])
+    rows = torch.arange(48) % 4
+    weight = centre[rows] + spread[rows, None] * torch.randn(48, 32, generator=draw)
+
+    def group(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("up_proj.weight"):
+                tensor.copy_(weight)
+
+    source = Path(shutil.copytree(dense, tmp_path / "dense"))
+    edit_weights(source, group)
     sizes = ("--method", "clustering", "--num-experts", 4, "--top-k", 2)
     found = {}
     for name, more in (("l2", ()), ("cos", ("--metric", "cos")), ("compat", ("--metric", "cos", "--reference-compat"))):
-        assert run_tool("split", dense, tmp_path / name, *sizes, *more) == 0
+        assert run_tool("split", source, tmp_path / name, *sizes, *more) == 0
         found[name] = json.loads((tmp_path / name / "split.json").read_text())["neurons"]
     assert found["compat"] == found["l2"] != found["cos"]
 
