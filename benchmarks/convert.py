@@ -35,6 +35,7 @@ from ep_engine.draft import Draft
 
 SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000, "num_attention_heads": 32}
 LAYERS, WHOLE_GIB = 32, 12.55
+_REST = 5.0  # seconds
 _POOL = 1 << 24  # random elements that all weights are cut from
 ARGUMENTS = {
     "convert": ["convert", "{source}", "{out}"],
@@ -87,6 +88,14 @@ def leave_cache(*folders: Path) -> None:
                 os.fsync(descriptor)
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 os.close(descriptor)
+
+
+def settle(*folders: Path) -> None:
+    """Delete what is not needed any more, and wait until the disk is at rest: it goes on for seconds after that."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+    time.sleep(_REST)
 
 
 class Memory:
@@ -158,11 +167,14 @@ def measure(tool: str, paths: dict[str, Path], rounds: int, *, checked: bool) ->
     tools, copies = [], []
     num_bytes = 0
     for _ in range(rounds):
+        settle(copy)
         tools.append(run_tool(tool, paths, *(() if checked else ("--no-check-logits",))))
         num_bytes = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        settle(*(() if copied is out else (out,)))
         copies.append(run_copy(copied, copy))
-        shutil.rmtree(copy)
-        shutil.rmtree(out)
+        if copied is out:
+            shutil.rmtree(out)
+    shutil.rmtree(copy)
     seconds = [one["seconds"] for one in tools]
     ratios = [c / t for c, t in zip(copies, seconds, strict=True)]
     return {
