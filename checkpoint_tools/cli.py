@@ -163,6 +163,8 @@ def split_command(
         raise UserError("--method published needs --files, the folder of split files; give it")
     if method == "coactivation" and not corpus:
         raise UserError("--method coactivation needs --corpus, the text that neurons are watched on; give it")
+    if method == "coactivation" and dry_run:
+        raise UserError("--dry-run cannot foretell --method coactivation, which first reads the text; leave one out")
     check_output_folder(out, overwrite=overwrite)
     texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
     partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)

@@ -17,7 +17,7 @@ import torch
 from checkpoint_tools.forward import outputs
 from checkpoint_tools.source import Source, open_source
 from checkpoint_tools.verify import TOLERANCE, LogitGap, compare_outputs, random_tokens
-from ep_engine.deferred import Deferred, Tensors
+from ep_engine.deferred import Tensors
 from ep_engine.draft import Draft, drafted
 from ep_engine.errors import Fault
 from ep_engine.model_config import ModelConfig
@@ -25,7 +25,7 @@ from ep_engine.progress import byte_bar
 from ep_engine.version import VERSION
 from ep_engine.whole_model import check_tensors, write_into
 
-_SAMPLE_BYTES = 1 << 28  # that a dry run makes and writes to see how fast that is
+_SAMPLE_BYTES = 1 << 30  # that a dry run makes and writes to see how fast that is
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,17 @@ class Conversion:
         }
 
     def estimate(self) -> Estimate:
-        """What it would need, from a part of it that is made and written, and deleted."""
+        """What it would need, from the first layer, or a part of it, which is made and written, and deleted."""
         above = next(folder for folder in self.out.absolute().parents if folder.exists())
         with TemporaryDirectory(prefix=f".{self.out.name}.dry-run-", dir=above) as beside:
             draft = Draft(Path(beside))
             tensors = self.tensors(draft)
             sizes = {name: deferred.num_bytes for name, deferred in tensors.deferred.items()}
-            sample: dict[str, Deferred] = {}
-            for name, deferred in tensors.deferred.items():
-                if sample and sum(sizes[n] for n in sample) + sizes[name] > _SAMPLE_BYTES:
-                    break
-                sample[name] = deferred
+            layer = [name for name in sizes if "layers.0." in name]
+            sample = layer[:1]
+            for name in layer[1:]:
+                if sum(sizes[n] for n in sample) + sizes[name] <= _SAMPLE_BYTES:
+                    sample.append(name)
             begin = time.perf_counter()
             with (Path(beside) / "sample").open("wb") as file:
                 for name in sample:

@@ -148,6 +148,7 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "nothing": (["--corpus", "none"], "holds no .jsonl or .txt file"),
     "too short": (["--sequence-length", 100000], "is less than one row of --sequence-length (100000) tokens"),
     "too long": (["--sequence-length", 200, "--max-tokens", 4000], "longer than the model's positions (128)"),
+    "foretold": (["--dry-run"], "--dry-run cannot foretell --method coactivation"),
     "of another method": (["--files", "x"], "--files has no effect on --method coactivation"),
 }
 
