@@ -237,7 +237,10 @@ def upcycle_command(
     granularity: Annotated[int, typer.Option(min=1, help="slices that an FFN is cut into before it is copied")] = 1,
     start_layer: Annotated[int, typer.Option(min=0, help="first layer with experts")] = 0,
     layer_step: Annotated[int, typer.Option(min=1, help="from one layer with experts to the next")] = 1,
-    gate: Annotated[Literal["linear", "mlp", "mlp_gelu", "cosine"], typer.Option(help="router")] = "linear",
+    gate: Annotated[
+        Literal["linear", "mlp", "mlp_gelu", "cosine"],
+        typer.Option(help="router; mlp_gelu and cosine are the mlp and gmm of MoLlama"),
+    ] = "linear",
     gate_hidden_size: Annotated[int, typer.Option(min=0, help="inside of gates mlp_gelu and cosine [256]")] = 0,
     gate_init: Annotated[Literal["random", "zero"], typer.Option(help="weights of the router")] = "random",
     score: Annotated[

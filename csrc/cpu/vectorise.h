@@ -14,8 +14,7 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__SANITIZE_THREAD__)
 #define EP_VECTORISED __attribute__((target_clones("avx512f", "avx2", "default"), flatten))
 // The same for products of 64-bit integers, which AVX-512 has only in a later part.
-#define EP_VECTORISED_INTEGERS \
-  __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), flatten))
+#define EP_VECTORISED_INTEGERS __attribute__((target_clones("arch=x86-64-v4", "avx2", "default"), flatten))
 #else
 #define EP_VECTORISED
 #define EP_VECTORISED_INTEGERS
