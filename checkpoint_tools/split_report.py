@@ -78,8 +78,8 @@ def draw_split(record: dict[str, Any], scores: Importance | None = None) -> Figu
     mean_EE = overlaps(record).mean(axis=0)
     drawn = axes[0].imshow(mean_EE, vmin=0, vmax=1, cmap="viridis")
     figure.colorbar(drawn, ax=axes[0], fraction=0.046)
-    named = f", the first {residual} residual" if residual else ""
-    axes[0].set(title=f"share of an expert's neurons in another{named}", xlabel="expert", ylabel="expert")
+    named = f" (the first {residual} residual)" if residual else ""
+    axes[0].set(title=f"overlap of experts{named}", xlabel="expert", ylabel="expert")
     times = _times(record).ravel()
     most = int(times.max())
     axes[1].bar(range(most + 1), np.bincount(times, minlength=most + 1) / len(times))
@@ -88,12 +88,12 @@ def draw_split(record: dict[str, Any], scores: Importance | None = None) -> Figu
         own, others = _scores(record, scores)
         low = max(min(float(own[own > 0].min(initial=1)), float(others[others > 0].min(initial=1))), 1e-12)
         bins = np.geomspace(low, max(float(own.max()), float(others.max()), 2 * low), _BINS)
-        axes[2].hist(others, bins=bins, density=True, alpha=0.6, label="from other experts")
-        axes[2].hist(own, bins=bins, density=True, alpha=0.6, label="from its own")
-        axes[2].set(title="importance of a neuron", xlabel="score", ylabel="density", xscale="log")
+        for label, values in (("for other experts", others), ("for its own", own)):
+            axes[2].hist(values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.6, label=label)
+        axes[2].set(title="importance of a neuron", xlabel="score", ylabel="share of neurons", xscale="log")
         axes[2].legend()
     figure.suptitle(
-        f"split by {record['method']}: {record['num_experts']} experts of {record['intermediate_size']} neurons"
+        f"split by {record['method']}: {record['intermediate_size']} neurons, {record['num_experts']} experts"
     )
     figure.tight_layout()
     return figure

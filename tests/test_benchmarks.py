@@ -150,6 +150,7 @@ def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
         "c2r",
         "nodes_predicted",
         "construction",
+        "convert",
         "scaling_gpus",
     )
     for name in measured:
