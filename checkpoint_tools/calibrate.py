@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint_tools.documents import blocks, documents
+from checkpoint_tools.documents import rows_of_text
 from checkpoint_tools.forward import attended, feed_forward
 from checkpoint_tools.source import Source, open_source
 from ep_engine.attention import Positions
-from ep_engine.checkpoint import tokenizer_folder
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig
 from ep_engine.output import whole_file
@@ -44,7 +43,7 @@ def calibrate(
             f"{folder} has {moe.config.num_layers} layers of width {moe.config.hidden_size}, {dense} "
             f"{whole.config.num_layers} of {whole.config.hidden_size}; give what it was split from"
         )
-    rows = _rows(moe, whole, corpus, max_tokens, sequence_length)
+    rows = torch.stack(rows_of_text([moe, whole], corpus, sequence_length, max_tokens))
     scales = score_scales(moe, whole, rows)
     made = moe.config.moe.model_copy(update={"score_scale": scales})
     config = ModelConfig.model_validate(moe.config.model_copy(update={"moe": made}).model_dump())
@@ -76,20 +75,3 @@ def score_scales(moe: Source, dense: Source, rows_BS: Tensor) -> list[float]:
         states["moe"] = states["moe"] + factor * outputs["moe"]
         states["dense"] = states["dense"] + outputs["dense"]
     return scales
-
-
-def _rows(moe: Source, dense: Source, corpus: Sequence[Path], max_tokens: int, length: int) -> Tensor:
-    tokenizer = tokenizer_folder(moe.folder) or tokenizer_folder(dense.folder)
-    if tokenizer is None:
-        raise UserError(f"neither {moe.folder} nor {dense.folder} has a tokenizer for --corpus; copy one beside them")
-    rows: list[Tensor] = []
-    for row in blocks((document.text for document in documents(corpus)), tokenizer, length):
-        if (len(rows) + 1) * length > max_tokens:
-            break
-        rows.append(row)
-    if not rows:
-        raise UserError(
-            f"--corpus or --max-tokens ({max_tokens}) is less than one row of --sequence-length ({length}) tokens; "
-            "give more text, or make rows shorter"
-        )
-    return torch.stack(rows)

@@ -10,7 +10,6 @@ Shape letters:  T tokens of a part   N neurons   E experts   S = N / E
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from checkpoint_tools.assignment import Balanced, Neurons
 from checkpoint_tools.forward import attended, normed
+from checkpoint_tools.kernels import KERNELS, Kernel
 from ep_engine.attention import Positions
 from ep_engine.deferred import Tensors
 from ep_engine.model_config import ModelConfig
-
-Kernel = Literal["plain", "l1_norm", "l2_norm"]
 
 _DECILES = range(1, 11)
 _LOWER = 0.99  # of the threshold, so that what equals it has an edge
@@ -81,7 +79,7 @@ class CoActivation:
 
     def add(self, features_TN: Tensor) -> None:
         """Count one part of the text."""
-        counted = {"plain": features_TN, "l1_norm": features_TN.abs(), "l2_norm": features_TN.square()}[self._kernel]
+        counted = KERNELS[self._kernel](features_TN)
         self.sum_NN += (counted.t() @ counted).clamp_(max=self._most)
 
 

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from checkpoint_tools.source import Source
+from ep_engine.checkpoint import tokenizer_folder
 from ep_engine.errors import UserError
 
 
@@ -61,6 +64,31 @@ def blocks(texts: Iterator[str], tokenizer: Path, length: int) -> Iterator[Tenso
         while len(held) >= length:
             yield torch.tensor(held[:length])
             held = held[length:]
+
+
+def rows_of_text(models: Sequence[Source], corpus: Sequence[Path], length: int, max_tokens: int) -> list[Tensor]:
+    """The first rows of a corpus, (S,) each, by the tokenizer of the first of some models that has one.
+
+    Raises:
+        UserError: none has a tokenizer, a row is longer than a model's positions, or the corpus is shorter than a row.
+    """
+    folders = [folder for model in models if (folder := tokenizer_folder(model.folder)) is not None]
+    if not folders:
+        names = " and ".join(str(model.folder) for model in models)
+        raise UserError(f"{names} has no tokenizer, which the text of the corpus needs; copy one beside it")
+    positions = min(model.config.max_position_embeddings for model in models)
+    if length > positions:
+        raise UserError(
+            f"--sequence-length ({length}) is longer than the model's positions ({positions}); choose a shorter one"
+        )
+    texts = (document.text for document in documents(corpus))
+    rows = list(islice(blocks(texts, folders[0], length), max_tokens // length))
+    if not rows:
+        raise UserError(
+            f"{', '.join(map(str, corpus))} or --max-tokens ({max_tokens}) is less than one row of --sequence-length "
+            f"({length}) tokens; give more text, or make rows shorter"
+        )
+    return rows
 
 
 def _inside(folder: Path) -> list[Path]:

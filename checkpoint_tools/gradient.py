@@ -9,10 +9,9 @@ the rows of a cluster; each has the whole model.
 Shape letters:  L layers   N neurons   B rows of a pass   S positions
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +20,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint_tools.documents import blocks, documents
+from checkpoint_tools.documents import rows_of_text
 from checkpoint_tools.importance import FORMAT
+from checkpoint_tools.kernels import KERNELS, Kernel
 from checkpoint_tools.source import Source, open_source
-from ep_engine.checkpoint import tokenizer_folder
 from ep_engine.errors import UserError
 from ep_engine.mesh import World, process_groups
 from ep_engine.model import Decoder
@@ -32,15 +31,9 @@ from ep_engine.output import whole_folder
 from ep_engine.parallelize import entries_of
 from ep_engine.progress import bar
 
-Kernel = Literal["plain", "l1_norm", "l2_norm"]
 Level = Literal["sample", "total"]
 Kind = Literal["change", "grad"]
 
-_KERNELS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "plain": lambda x: x,
-    "l1_norm": torch.abs,
-    "l2_norm": torch.square,
-}
 _PROJECTIONS = ("up_proj", "gate_proj")
 
 
@@ -113,7 +106,8 @@ def gradient_importance(
             folder has no clusters.
     """
     rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    rows_of = {file.stem: list(_rows(source, file, options)) for file in _clusters(source, clusters)}
+    limits = options.sequence_length, options.max_tokens
+    rows_of = {file.stem: rows_of_text([source], [file], *limits) for file in _clusters(source, clusters)}
     for name, rows in rows_of.items():
         if len(rows) < size:
             raise UserError(
@@ -168,7 +162,7 @@ class _Sums:
             told = gradient.float() * (value.detach().float() if self._options.kind == "change" else 1.0)
             told_TN = told.flatten(0, -2)
             if self._options.level == "sample":
-                told_TN = _KERNELS[self._options.kernel](told_TN)
+                told_TN = KERNELS[self._options.kernel](told_TN)
             self._sum[projection, layer] += told_TN.sum(dim=0)
 
         value.register_hook(seen)
@@ -179,7 +173,7 @@ class _Sums:
             if group is not None:
                 dist.all_reduce(value_N, group=group)
             if self._options.level == "total":
-                value_N.copy_(_KERNELS[self._options.kernel](value_N))
+                value_N.copy_(KERNELS[self._options.kernel](value_N))
             value_N /= count
         return {key: value_N.cpu() for key, value_N in self._sum.items()}
 
@@ -191,15 +185,6 @@ def _clusters(source: Source, folder: Path) -> list[Path]:
     if not files:
         raise UserError(f"--clusters {folder} holds no .jsonl file; make them with `cluster`")
     return files
-
-
-def _rows(source: Source, file: Path, options: GradientOptions) -> Iterator[Tensor]:
-    tokenizer = tokenizer_folder(source.folder)
-    if tokenizer is None:
-        raise UserError(f"{source.folder} has no tokenizer, which the text of the clusters needs; copy one beside it")
-    most = max(1, options.max_tokens // options.sequence_length)
-    texts = (document.text for document in documents([file]))
-    return islice(blocks(texts, tokenizer, options.sequence_length), most)
 
 
 def _model(source: Source, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -9,7 +9,7 @@ Shapes: N neurons, D model dim, E experts, F = N / E.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,12 @@ from torch import Tensor
 
 from checkpoint_tools.assignment import Neurons, greedy, optimal, residual, shared
 from checkpoint_tools.balanced_kmeans import Metric, balanced_kmeans
-from checkpoint_tools.coactivation import CoActivation, Cut, Graph, Kernel, hidden_features
-from checkpoint_tools.documents import blocks, documents
+from checkpoint_tools.coactivation import CoActivation, Cut, Graph, hidden_features
+from checkpoint_tools.documents import rows_of_text
 from checkpoint_tools.importance import Importance
+from checkpoint_tools.kernels import Kernel
 from checkpoint_tools.source import Source
 from checkpoint_tools.split_files import covers_once, file_of, read_split_file
-from ep_engine.checkpoint import tokenizer_folder
-from ep_engine.errors import UserError
 
 Method = Literal["random", "clustering", "coactivation", "gradient", "published"]
 Projection = Literal["up_proj", "gate_proj"]
@@ -149,22 +148,7 @@ class Partitioner:
 
 def _parts(source: Source, options: PartitionOptions) -> list[Tensor]:
     """The corpus in parts of whole rows, (B, S)."""
-    tokenizer = tokenizer_folder(source.folder)
-    if tokenizer is None:
-        raise UserError(f"{source.folder} has no tokenizer, which the text of --corpus needs; copy one beside it")
-    texts = (document.text for document in documents(options.corpus))
-    most = options.max_tokens // options.sequence_length
-    rows = list(islice(blocks(texts, tokenizer, options.sequence_length), most))
-    if not rows:
-        raise UserError(
-            f"--corpus or --max-tokens ({options.max_tokens}) is less than one row of --sequence-length "
-            f"({options.sequence_length}) tokens; give more text, or make rows shorter"
-        )
-    if options.sequence_length > source.config.max_position_embeddings:
-        raise UserError(
-            f"--sequence-length ({options.sequence_length}) is longer than the model's positions "
-            f"({source.config.max_position_embeddings}); choose a shorter one"
-        )
+    rows = rows_of_text([source], options.corpus, options.sequence_length, options.max_tokens)
     together = max(1, _PART_TOKENS // options.sequence_length)
     return [torch.stack(rows[at : at + together]) for at in range(0, len(rows), together)]
 

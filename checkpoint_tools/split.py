@@ -217,7 +217,7 @@ class _Cut:
             ffn = {name: self.whole[f"layers.{layer}.ffn.{name}.weight"] for name in WEIGHTS}
             experts = cut_experts(ffn, self._neurons(draft, layer, ffn))
             if covers_once(self._neurons(draft, layer), self.width):
-                check_experts(ffn, experts, layer)
+                check_experts(ffn, experts, self._neurons(draft, layer), layer)
             self.now = layer, experts
         return self.now[1]
 
@@ -267,19 +267,24 @@ def cut_experts(ffn: Mapping[str, Tensor], partition: Neurons) -> list[dict[str,
     return [{name: parts[name][expert] for name in ffn} for expert in range(len(partition))]
 
 
-def check_experts(ffn: Mapping[str, Tensor], experts: list[dict[str, Tensor]], layer: int) -> None:
+def check_experts(ffn: Mapping[str, Tensor], experts: list[dict[str, Tensor]], partition: Neurons, layer: int) -> None:
     """Fault unless the experts have every neuron of the FFN once, and its bits: a hash that is blind to their order.
 
     Args:
         ffn: w_gate (N, D), w_up (N, D), w_down (D, N).
         experts: each with w_gate (F, D), w_up (F, D), w_down (D, F).
-        layer: named in the message.
+        partition: the neurons that each should have.
+        layer: named in the message, and the first expert that is not what it should be.
     """
     for name in WEIGHTS:
         dim = 1 if name == "w_down" else 0
         parts = [unordered_checksum(expert[name], dim=dim) for expert in experts]
         if add(*parts) != unordered_checksum(ffn[name], dim=dim):
+            wanted = [expert[name] for expert in cut_experts({name: ffn[name]}, partition)]
+            given = [expert[name] for expert in experts]
+            wrong = [e for e, pair in enumerate(zip(given, wanted, strict=True)) if not torch.equal(*pair)]
+            which = f"expert {wrong[0]} is not what it should be" if wrong else "a neuron is in two of them"
             raise Fault(
-                f"the experts of layer {layer} do not have every neuron of {name} once and unchanged; this is our bug, "
-                "report it"
+                f"the experts of layer {layer} do not have every neuron of {name} once and unchanged: {which}; this is "
+                "our bug, report it"
             )

@@ -1,5 +1,6 @@
 """Tensors that are made when they are asked for, so that a model of any size passes through a small memory."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,10 +24,7 @@ class Deferred:
     @property
     def num_elements(self) -> int:
         """Of the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Deferred":

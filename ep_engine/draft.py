@@ -99,12 +99,20 @@ def _held(beside: Path, path: Path) -> Iterator[None]:
     beside.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(beside, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_ours(descriptor, beside):
+            raise UserError(f"output {path} is being made by another process; wait, or choose another folder")
         yield
-    except BlockingIOError:
-        raise UserError(f"output {path} is being made by another process; wait, or choose another folder") from None
     finally:
         os.close(descriptor)
+
+
+def _is_ours(descriptor: int, beside: Path) -> bool:
+    """Whether the lock could be taken, and of the folder that has the name now: another may just have finished."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), beside.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _begin(beside: Path, path: Path, about: dict[str, Any], *, resume: bool) -> None:

@@ -58,7 +58,8 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, capsys: pytest.Cap
     for folders, more, sentence in (
         ((dense, dense), (), "must be an engine checkpoint with experts"),
         ((moe, moe), (), "and .* a dense model"),
-        ((moe, dense), ("--max-tokens", 8), "is less than one row of --sequence-length (512) tokens"),
+        ((moe, dense), (), "longer than the model's positions (128)"),
+        ((moe, dense), ("--max-tokens", 8, "--sequence-length", 64), "is less than one row of --sequence-length (64)"),
     ):
         assert run_tool("calibrate", *folders, "--corpus", corpus, *more) == 2
         message = capsys.readouterr().err

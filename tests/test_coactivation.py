@@ -146,7 +146,7 @@ def test_a_model_is_split_on_text(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[list[Any], str]] = {
     "nothing": (["--corpus", "none"], "holds no .jsonl or .txt file"),
-    "too short": (["--sequence-length", 100000], "is less than one row of --sequence-length (100000) tokens"),
+    "too short": (["--max-tokens", 100], "is less than one row of --sequence-length (128) tokens"),
     "too long": (["--sequence-length", 200, "--max-tokens", 4000], "longer than the model's positions (128)"),
     "foretold": (["--dry-run"], "--dry-run cannot foretell --method coactivation"),
     "of another method": (["--files", "x"], "--files has no effect on --method coactivation"),
@@ -160,6 +160,7 @@ def test_text_that_does_not_do_is_refused(name: str, tmp_path: Path, capsys: pyt
     options, sentence = BAD[name]
     options = [tmp_path / "none" if one == "none" else one for one in options]
     given = ["--num-experts", 4, "--top-k", 2, "--method", "coactivation"]
+    given += [] if "--sequence-length" in options else ["--sequence-length", 128]
     given += ["--corpus", corpus] if "--corpus" not in options else []
     assert run_tool("split", source, tmp_path / "moe", *given, *options) == 2
     assert sentence in capsys.readouterr().err
@@ -171,8 +172,9 @@ def test_a_model_without_a_tokenizer_and_a_broken_line_are_refused(
 ) -> None:
     corpus = write_documents(tmp_path / "corpus")
     given = ("--num-experts", 4, "--top-k", 2, "--method", "coactivation", "--corpus", corpus)
+    given += ("--sequence-length", 64)
     assert run_tool("split", dense_folder(tmp_path / "dense"), tmp_path / "moe", *given) == 2
-    assert "has no tokenizer, which the text of --corpus needs" in capsys.readouterr().err
+    assert "has no tokenizer, which the text of the corpus needs" in capsys.readouterr().err
     with (corpus / "a.jsonl").open("a") as file:
         file.write('{"other": 1}\n')
     assert run_tool("split", text_model(tmp_path), tmp_path / "moe", *given) == 2

@@ -127,4 +127,4 @@ def test_what_cannot_be_clustered_or_watched_is_refused(
     refused("has no tokenizer", "importance", dense_folder(tmp_path / "dense"), tmp_path / "out", *clusters)
     refused("holds no .jsonl file", "importance", at / "model", tmp_path / "out", "--clusters", tmp_path / "dense")
     long = ("--sequence-length", 100_000)
-    refused("has 0 rows of 100000 tokens", "importance", at / "model", tmp_path / "out", *clusters, *long)
+    refused("longer than the model's positions (128)", "importance", at / "model", tmp_path / "out", *clusters, *long)

@@ -110,15 +110,15 @@ def test_the_check_of_experts_finds_a_lost_and_a_changed_neuron() -> None:
     ffn = {name: torch.randn(12, 8, generator=generator) for name in ("w_gate", "w_up")}
     ffn["w_down"] = torch.randn(8, 12, generator=generator)
     partition = random_partition(12, 3, seed=0, layer=0)
-    check_experts(ffn, cut_experts(ffn, partition), layer=5)
+    check_experts(ffn, cut_experts(ffn, partition), partition, layer=5)
     twice = [partition[0], partition[0], partition[2]]
-    with pytest.raises(Fault, match="experts of layer 5 do not have every neuron of w_gate once"):
-        check_experts(ffn, cut_experts(ffn, twice), layer=5)
+    with pytest.raises(Fault, match="every neuron of w_gate once and unchanged: a neuron is in two of them"):
+        check_experts(ffn, cut_experts(ffn, twice), twice, layer=5)
     for name, at in (("w_up", (2, 3)), ("w_down", (3, 2))):
         experts = cut_experts(ffn, partition)
         experts[1][name][at] = torch.nextafter(experts[1][name][at], torch.tensor(9.0))
-        with pytest.raises(Fault, match=f"do not have every neuron of {name} once and unchanged"):
-            check_experts(ffn, experts, layer=5)
+        with pytest.raises(Fault, match=f"every neuron of {name} once and unchanged: expert 1 is not"):
+            check_experts(ffn, experts, partition, layer=5)
 
 
 @pytest.mark.parametrize(("metric", "on"), [("l2", "up_proj"), ("cos", "gate_proj")])
