@@ -104,8 +104,10 @@ def _of_file(file: Path) -> Iterator[Document]:
             for number, line in enumerate(lines):
                 if line.strip():
                     yield Document(_text_of(line, file, number), file.name, number)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text ({error}); correct it") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); correct it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8 ({error.reason}); correct it") from None
 
 
 def _text_of(line: str, file: Path, number: int) -> str:

@@ -28,8 +28,8 @@ def read_split(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "split.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a checkpoint that `split` has made") from None
+    except (OSError, ValueError):
+        raise UserError(f"{path} is missing or damaged; give a checkpoint that `split` has made") from None
     return record
 
 
