@@ -40,10 +40,13 @@ class RoutingMetrics:
     ) -> None:
         self._watch, self._ledger, self._group, self._top_k = watch, ledger, group, top_k
         device, layers = watch.load_LE.device, range(watch.num_layers)
-        cut = placement.cut(ep_size)
-        slots_LE = torch.tensor([placement.slot_of_expert(layer) for layer in layers], device=device)
-        self._rank_of_expert_LE, self._ep_size = slots_LE // cut.slots_per_rank, cut.ep_size
-        homes_LE = slots_LE // placement.slots_per_device
+        self._experts_L, self._ep_size = torch.tensor(watch.experts_of_layer, device=device), ep_size
+        per_rank = placement.devices // ep_size
+        # Where there are fewer experts than in another layer, nobody counts what is beyond.
+        homes = [placement.device_of_expert(layer) for layer in layers]
+        filled = [devices + [0] * (watch.load_LE.shape[1] - len(devices)) for devices in homes]
+        homes_LE = torch.tensor(filled, device=device)
+        self._rank_of_expert_LE = homes_LE // per_rank
         self._together_LEE = homes_LE[:, :, None] == homes_LE[:, None, :]
         self._pairs_seen_L2 = torch.zeros(watch.num_layers, 2, dtype=torch.int64, device=device)
         self._pairs_taken_LEE: Tensor | None = None  # by the last `recent`
@@ -59,7 +62,7 @@ class RoutingMetrics:
         ledger = self._ledger.gathered(self._group)
         self._ledger.reset()
         self._total.add(ledger)
-        most = max_over_mean(load_LE)
+        most = max_over_mean(load_LE, self._experts_L)
         line: dict[str, Any] = {
             "load_max_over_mean": most,
             "load_violation": most - 1,
@@ -76,7 +79,7 @@ class RoutingMetrics:
         """Of all lines so far."""
         return {
             "changed_share": changed_share,
-            "load_max_over_mean": max_over_mean(self._load_LE),
+            "load_max_over_mean": max_over_mean(self._load_LE, self._experts_L),
             "device_load_max_over_mean": max_over_mean(self._of_ranks(self._load_LE)),
             "ledger": self._total.to_json(),
         }
@@ -89,7 +92,7 @@ class RoutingMetrics:
         recent_LEE = now_LEE - (0 if self._pairs_taken_LEE is None else self._pairs_taken_LEE)
         self._pairs_taken_LEE = now_LEE
         dist.all_reduce(recent_LEE, group=self._group)
-        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about)
+        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about, self._watch.experts_of_layer)
 
     def _inside(self) -> float:
         """Share of pairs inside a device, as the mean over layers."""
@@ -109,6 +112,10 @@ class RoutingMetrics:
         return load_LP.scatter_add_(1, self._rank_of_expert_LE, load_LE)
 
 
-def max_over_mean(load: Tensor) -> float:
-    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance."""
-    return float((load.max(dim=1).values / load.mean(dim=1)).mean())
+def max_over_mean(load: Tensor, counted_L: Tensor | None = None) -> float:
+    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance.
+
+    The mean is over the first `counted_L` of a row; None: all.
+    """
+    counted = load.shape[1] if counted_L is None else counted_L
+    return float((load.max(dim=1).values * counted / load.sum(dim=1)).mean())

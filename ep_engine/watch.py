@@ -1,6 +1,6 @@
 """Watch: what a run learns of its routers while it trains, and the loss that keeps their experts equally busy.
 
-Shape letters:  L MoE layers of the model   E experts
+Shape letters:  L MoE layers of the model   E experts of a layer, or the most that one has
 """
 
 import torch
@@ -42,7 +42,8 @@ class RouterWatch:
         num_parts: int,
         counts_pairs: bool = True,
     ) -> None:
-        self.num_layers, experts = (len(model.moe_layers()), model.moe.num_experts) if model.moe else (0, 0)
+        self.experts_of_layer = model.experts_of_layer()
+        self.num_layers, experts = len(self.experts_of_layer), max(self.experts_of_layer, default=0)
         self.load_LE = torch.zeros(self.num_layers, experts, device=device)
         self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
         self._stage, self._coefficient = stage, coefficient / num_parts
@@ -51,7 +52,7 @@ class RouterWatch:
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         """See `model.Watch`."""
         for layer, router in routers.items():
-            self.load_LE[layer] += router.load_E
+            self.load_LE[layer, : len(router.load_E)] += router.load_E
             if self.counts_pairs:
                 ops.count_pairs(router.ids_TK, self.pairs_LEE[layer])
         if not routers or self._coefficient == 0:
