@@ -285,9 +285,10 @@ class Trainer:
             "learning_rate": learning_rate(self.config.train, self.step - 1),
             "tokens_per_second": len(window.losses) * self.tokens_per_step / seconds,
         }
+        line["tokens_per_second_per_rank"] = line["tokens_per_second"] / self.num_ranks
         self.speeds.append(line["tokens_per_second"])
         if self.routing is not None:
-            line |= self.routing.line()
+            line |= self.routing.line(len(window.losses))
         found = self.placement_watch.take() if self.placement_watch is not None else None
         return line | ({"placement": found} if found is not None else {})
 
