@@ -21,6 +21,7 @@ from torch import Tensor
 from ep_engine import debug, ops
 from ep_engine.errors import Fault
 from ep_engine.placement import Cut, Placement
+from ep_engine.stopwatch import timed
 from ep_engine.transport import Link
 
 
@@ -168,6 +169,7 @@ class Plan:
     recv_rows: list[int]  # [P] rows from every rank
 
 
+@timed("dispatch")
 def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, num_runs: int = 1) -> Plan:
     """Plan one hop of this rank's tokens and tell the other ranks the counts.
 
