@@ -87,7 +87,7 @@ def make_arms(folder: Path, checkpoint: Path, counted: Profile, nodes: int, per_
         }
     common = {
         "model": {"checkpoint": str(checkpoint)},
-        "train": {"steps": 1000, "learning_rate": 1e-4, "min_learning_rate": 1e-4, "load_balance": 0.01},
+        "train": {"steps": 1000, "learning_rate": 1e-4, "min_learning_rate": 1e-4},
         "parallel": {"expert_parallel_size": ranks},
     }
     return {

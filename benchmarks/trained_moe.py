@@ -84,7 +84,7 @@ def train_moe(folder: Path, shape: MoEShape, steps: int) -> tuple[Path, Profile]
         "trained",
         rows=4 * TRAINING_RANKS,
         model={"checkpoint": str(folder / "new")},
-        train={"steps": steps, "learning_rate": 1e-3, "load_balance": 0.01},
+        train={"steps": steps, "learning_rate": 1e-3},
         parallel={"expert_parallel_size": TRAINING_RANKS},
     )
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 // count_pairs: how often two experts serve the same token (arXiv:2504.01337, expert collaboration).
 //
 // counts[i, j] grows by one for every token that chose both i and j, i != j; counts[i, i] for every token
-// that chose i.
+// that chose i. A choice below 0 is none.
 #pragma once
 
 #include <cstdint>

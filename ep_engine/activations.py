@@ -132,6 +132,7 @@ class Part:
         tokens, d, c = self.tokens // self.tp, self.model.hidden_size, self.itemsize
         inside_gate = 0 if moe.gate == "linear" else (moe.gate_hidden_size or moe.num_experts)
         scores = (2 * moe.num_experts + inside_gate) * _FLOAT + moe.top_k * (_FLOAT + _LONG)
+        scores += self._balance(moe)
         columns = moe.top_k * parts if per_copy else min(moe.top_k * parts, ranks)
         plan = columns * (3 + 2 * passed.width) * _INT
         wide = self.hidden // c * _FLOAT  # what the router reads
@@ -158,6 +159,17 @@ class Part:
             working=(copies + 2 * passed.rows + passed.sent) * d * c + 3 * inside,
             for_weights=self._linear_grads() + copies * 3 * width * c + passed.rows * d * c,
         )
+
+    def _balance(self, moe: MoEConfig) -> int:
+        """Bytes of a token that losses keep beside its probabilities, which `switch` and `sequence` share."""
+        asked, e = self.config.balance, moe.num_experts
+        kept = 2 * e * _FLOAT if asked.mutual_information else 0
+        kept += _FLOAT if asked.z else 0
+        if asked.noise:  # its numbers and what its deviation came from
+            kept += 2 * e * _FLOAT
+        if asked.load:  # three steps of a chance, who is in, and who is best
+            kept += 3 * e * _FLOAT + e + (moe.top_k + 1) * _LONG
+        return kept + (moe.top_k if asked.capacity_factor is not None else 0)
 
     def _linear_grads(self) -> int:
         """Gradients of the outputs of attention's matrices."""

@@ -103,16 +103,12 @@ class TrainSection(_Section):
     """AdamW's second moment"""
     clip_grad_norm: float = Field(1.0, gt=0)
     """largest global gradient norm"""
-    load_balance: FiniteFloat = Field(0.01, ge=0)
-    """coefficient of the load-balance loss of MoE models"""
-    load_balance_of: Literal["rule", "plain"] = "rule"
-    """whose choices it counts: those of the rule, or of plain top-k on the same scores, as C2R's published code"""
     seed: int = 0
     """of new weights and of the order of batches"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of computation; weights, moments and gradient sums stay float32"""
     micro_batches: int = Field(1, ge=1)
-    """parts of a batch that are computed one after the other; the load-balance loss is the mean of theirs"""
+    """parts of a batch that are computed one after the other"""
     recompute: Literal["none", "selective", "full"] = "none"
     """computed again for the backward: nothing; attention, the insides of experts; every layer as a whole"""
     log_every: int = Field(10, ge=1)
@@ -189,6 +185,43 @@ class RoutingSection(_Section):
     """of the chosen experts: as the model weighs any; divided by their sum; with the sum that plain top-k would have"""
 
 
+class BalanceSection(_Section):
+    """What keeps experts equally busy. Coefficients are of losses that are means over layers."""
+
+    switch: FiniteFloat = Field(0.01, ge=0)
+    """coefficient of E * sum of load share times mean probability (arXiv:2101.03961)"""
+    switch_of: Literal["rule", "plain"] = "rule"
+    """whose choices it counts: those of the rule, or of plain top-k on the same scores, as C2R's published code"""
+    importance: FiniteFloat = Field(0.0, ge=0)
+    """of the squared variation of summed combine weights (arXiv:1701.06538)"""
+    load: FiniteFloat = Field(0.0, ge=0)
+    """of the squared variation of loads; it has a gradient with noise alone"""
+    sequence: FiniteFloat = Field(0.0, ge=0)
+    """of `switch` for every row of the batch by itself (arXiv:2412.19437)"""
+    mutual_information: FiniteFloat = Field(0.0, ge=0)
+    """of minus the information between tokens and experts, in nats (arXiv:2212.08066)"""
+    z: FiniteFloat = Field(0.0, ge=0)
+    """of the squared log-sum-exp of the router's logits (arXiv:2202.08906)"""
+    over: Literal["batch", "rank"] = "batch"
+    """what loads and means are of: all ranks and the parts of the batch so far; or a rank's own part, as published"""
+    noise: bool = False
+    """noisy top-k (arXiv:1701.06538), for models whose gates have a noise matrix, as LLaMA-MoE's"""
+    bias_rate: FiniteFloat = Field(0.0, ge=0)
+    """how far a step moves the selection bias of experts away from the mean load (arXiv:2408.15664)"""
+    capacity_factor: FiniteFloat | None = Field(None, gt=0)
+    """most tokens of an expert in a pass, relative to the mean; later ones skip it [no limit]"""
+    reference_compat: bool = False
+    """compute `load` as LLaMA-MoE's code does, which asks the noise alone whether an expert is chosen"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.switch == 0 and self.switch_of != "rule":
+            raise ValueError(f"balance.switch_of ({self.switch_of}) has no effect, balance.switch is 0; leave it out")
+        if self.reference_compat and not (self.noise and self.load):
+            raise ValueError("balance.reference_compat has no effect without balance.noise and balance.load; set both")
+        return self
+
+
 class OutputSection(_Section):
     """Where results go."""
 
@@ -213,6 +246,7 @@ class RunConfig(_Section):
     parallel: ParallelSection = ParallelSection()
     moe: MoESection = MoESection()
     routing: RoutingSection = RoutingSection()
+    balance: BalanceSection = BalanceSection()
     output: OutputSection
 
 

@@ -61,6 +61,8 @@ def _moe_entries(at: str, moe: MoEConfig, d: int) -> dict[str, tuple[int, ...]]:
         entries[f"{at}.router.temperature"] = (1,)
     if moe.gate_noise:
         entries[f"{at}.router.w_noise"] = (e, d)
+    if moe.selection_bias:
+        entries[f"{at}.router.bias"] = (e,)
     if moe.shared_hidden_size:
         entries |= _linears(f"{at}.shared", _ffn_shapes(d, moe.shared_hidden_size), bias=False)
     if moe.shared_gate:

@@ -15,6 +15,7 @@ from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.norm import RMSNorm
 from ep_engine.recompute import Recompute, computed_again
+from ep_engine.router import Choice
 from ep_engine.stopwatch import time_backward, timed
 
 Watch = Callable[[Tensor, dict[int, RouterStatistics]], Tensor]
@@ -49,10 +50,11 @@ class Decoder(nn.Module):
             self.head = None if config.tie_embeddings else nn.Linear(d, v, bias=False)
             self.unembed = Unembed()
 
-    def forward(self, x: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents_BS: Tensor | None = None, numbers_BS: Tensor | None = None) -> Tensor:
         """Ids (B, S) int64 in [0, V), or hidden states (B, S, D) -> logits (B, S, V), or hidden states; causal.
 
         A token sees only the document of its own number, int64, that is in its row; None: all of the row before it.
+        `numbers_BS` are those of the router's tokens in the run, see `Router`.
         """
         if self.is_first:
             assert self.embed is not None, "the first stage has one"
@@ -60,7 +62,7 @@ class Decoder(nn.Module):
         apart = None if documents_BS is None else keep_apart(documents_BS, self.config.sliding_window)
         routers: dict[int, RouterStatistics] = {}
         for i, layer in self.layers.items():
-            x, router = layer(x, apart)
+            x, router = layer(x, apart, numbers_BS)
             if router is not None:
                 routers[self.config.moe_index(int(i))] = router
         x = self.watch(x, routers)
@@ -115,15 +117,21 @@ class DecoderLayer(nn.Module):
         self.is_moe = moe is not None
         self.recompute: Recompute = "none"
 
-    def forward(self, x_BSD: Tensor, apart: Tensor | None = None) -> tuple[Tensor, RouterStatistics | None]:
+    def forward(
+        self, x_BSD: Tensor, apart: Tensor | None = None, numbers_BS: Tensor | None = None
+    ) -> tuple[Tensor, RouterStatistics | None]:
         """(B, S, D) -> (B, S, D), and what the router did if there is one; `apart` as in attention.py."""
         if self.recompute == "full":
-            chosen: list[Tensor] = []  # experts are chosen once, whatever the second pass would round
-            return computed_again(self._forward, x_BSD, apart, chosen)
-        return self._forward(x_BSD, apart)
+            chosen: list[Choice] = []  # experts are chosen once, whatever the second pass would round
+            return computed_again(self._forward, x_BSD, apart, numbers_BS, chosen)
+        return self._forward(x_BSD, apart, numbers_BS)
 
     def _forward(
-        self, x_BSD: Tensor, apart: Tensor | None, chosen: list[Tensor] | None = None
+        self,
+        x_BSD: Tensor,
+        apart: Tensor | None,
+        numbers_BS: Tensor | None,
+        chosen: list[Choice] | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
         attended_BSD = (
             computed_again(self._attend, x_BSD, apart) if self.recompute == "selective" else self._attend(x_BSD, apart)
@@ -132,7 +140,8 @@ class DecoderLayer(nn.Module):
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.ffn(h_BSD), None
-        y_TD, router = self.moe(h_BSD.flatten(0, 1), chosen)
+        numbers_T = None if numbers_BS is None else numbers_BS.flatten()
+        y_TD, router = self.moe(h_BSD.flatten(0, 1), numbers_T, chosen, num_rows=len(h_BSD))
         return x_BSD + y_TD.view_as(x_BSD), router
 
     @timed("attention")

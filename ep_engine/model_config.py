@@ -61,6 +61,8 @@ class MoEConfig(_Part):
     """R, width inside an `mlp_gelu` or `cosine` gate."""
     gate_noise: bool = False
     """Whether the router has a noise matrix (E, D), as LLaMA-MoE v1 has it; it has no part in what is chosen."""
+    selection_bias: bool = False
+    """Whether the router adds a bias to each expert's score for the choice alone, as in DeepSeek-V3."""
     score: Literal["softmax_of_chosen", "softmax", "sigmoid"] = "softmax_of_chosen"
     """Combine weights before all else: softmax over the K chosen, softmax over all experts, or a sigmoid each."""
     renormalise: bool = False

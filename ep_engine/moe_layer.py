@@ -5,6 +5,7 @@ tokens -> router -> plan -> dispatch -> experts -> combine
 
 from torch import Tensor, nn
 
+from ep_engine.balance_losses import BalanceLoss
 from ep_engine.combine import combine
 from ep_engine.dispatch import dispatch
 from ep_engine.experts import Experts
@@ -15,7 +16,7 @@ from ep_engine.model_config import MoEConfig
 from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan, record, way_to
 from ep_engine.recompute import computed_again
-from ep_engine.router import Router
+from ep_engine.router import Choice, Router
 from ep_engine.transport import Alone, Link
 
 
@@ -38,6 +39,8 @@ class MoELayer(nn.Module):
             width, count = moe.residual_hidden_size, moe.residual_experts
             self.residual = ResidualExperts(hidden_size, width, count, moe.residual_scale)
         self.keeps_less = False
+        self.losses: tuple[BalanceLoss, ...] = ()  # whose sums its statistics have
+        self.has_padding = False  # whether numbers of tokens may be -1
         self.join(Site.of(placement, layer, 1, 0), Link(Alone(), Ledger(), layer))
 
     def join(self, site: Site, *links: Link, fp8: bool = False, fixed_rows: int | None = None) -> None:
@@ -62,20 +65,31 @@ class MoELayer(nn.Module):
         """Whether the insides of the experts, and of what is beside them, are computed again for the backward."""
         self.keeps_less = self.experts.recompute = keeps_less
 
-    def forward(self, x_TD: Tensor, chosen: list[Tensor] | None = None) -> tuple[Tensor, RouterStatistics]:
+    def forward(
+        self,
+        x_TD: Tensor,
+        numbers_T: Tensor | None = None,
+        chosen: list[Choice] | None = None,
+        *,
+        num_rows: int = 1,
+    ) -> tuple[Tensor, RouterStatistics]:
         """(T, D) -> (T, D) in the same dtype; T may be 0 and may differ between ranks.
 
-        `chosen` is for a layer that is computed twice: the first time its ids are put there, then they are taken.
+        Args:
+            x_TD: tokens, of `num_rows` rows of a batch.
+            numbers_T: see `Router`.
+            chosen: for a layer that is computed twice: the first time its choices are put there, then they are taken.
+            num_rows: of the batch.
         """
         again = bool(chosen)
-        routing = self.router(x_TD, chosen[0] if chosen else None)
-        ids_TK, weights_TK = self.site.in_parts(routing.ids_TK, routing.weights_TK)
+        routing = self.router(x_TD, numbers_T, chosen[0] if chosen else None)
+        ids_TK, weights_TK = self.site.in_parts(routing.served, routing.weights_TK)
         plan = make_plan(ids_TK, self.way[0])
         rows_RD, weights_RW, arrival = dispatch(x_TD, weights_TK, plan, self.way, fp8=self.fp8)
         if not again:
             record(ids_TK, self.site, arrival.plans)
         if chosen == []:
-            chosen.append(routing.ids_TK)
+            chosen.append(Choice(routing.ids_TK, routing.kept_TK))
         z_RD = self.experts(rows_RD, weights_RW, arrival)
         y_TD = combine(z_RD, arrival)
         if self.shared is not None:
@@ -83,4 +97,5 @@ class MoELayer(nn.Module):
             y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD) * shared_TD)
         if self.residual is not None:
             y_TD = y_TD + (computed_again(self.residual, x_TD) if self.keeps_less else self.residual(x_TD))
-        return y_TD, router_statistics(routing)
+        counts_T = None if numbers_T is None or not self.has_padding else numbers_T >= 0
+        return y_TD, router_statistics(routing, self.moe.score, self.losses, counts_T, num_rows)

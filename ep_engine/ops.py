@@ -314,7 +314,10 @@ def linear_rows(x_TD: Tensor, w_DE: Tensor) -> Tensor:
 
 
 def count_pairs(ids_TK: Tensor, counts_EE: Tensor) -> None:
-    """Add to `counts_EE` (int64) how often two experts serve one token; the diagonal counts the tokens of an expert."""
+    """Add to `counts_EE` (int64) how often two experts serve one token; the diagonal counts the tokens of an expert.
+
+    Ids below 0 are no choices.
+    """
     _ops.count_pairs(ids_TK.contiguous(), counts_EE)
 
 

@@ -73,23 +73,31 @@ class Pipeline:
         self.models = dict(zip(layout.on(mesh.get_local_rank()), models, strict=True))
         self.separate_documents = separate_documents
         self.dtype, self.sequence_parts = dtype, meshes.dense["tp"].size()
+        self.sequence_part = meshes.dense["tp"].get_local_rank()
         self.device = next(models[0].parameters()).device
         self._schedule = self._make_schedule(schedule, part_shape, num_parts) if layout.last > 0 else None
 
-    def train(self, parts: Sequence[Batch]) -> Tensor:
+    def train(self, parts: Sequence[Batch], numbers: Sequence[Tensor] | None = None) -> Tensor:
         """Forward and backward of the parts of a batch, which are on the device.
 
         Gradients are summed over ranks once, after the last part.
 
+        Args:
+            parts: of the batch, this rank's rows.
+            numbers: int64 (B, S) for each: numbers of their tokens in the run, see `Router`.
+
         Returns:
             This rank's share of the loss; 0 where the last stage is elsewhere.
         """
+        routed = None if numbers is None else [self._own_positions(one) for one in numbers]
         if self._schedule is None:
             with loss_parallel():
-                return self._one_after_the_other(parts)
+                return self._one_after_the_other(parts, routed)
         losses: list[Tensor] = []
         inputs, targets, documents = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         given: dict[str, Any] = {"documents_BS": documents} if self.separate_documents else {}
+        if routed is not None:
+            given["numbers_BS"] = torch.cat(routed)
         if self.layout.last in self.models:
             given |= {"target": targets, "losses": losses}
         with _plain_faults(), loss_parallel(), part("waiting"):  # but for what the stages do
@@ -124,12 +132,17 @@ class Pipeline:
     def _documents(self, batch: Batch) -> Tensor | None:
         return batch.documents_BS if self.separate_documents else None
 
-    def _one_after_the_other(self, parts: Sequence[Batch]) -> Tensor:
+    def _own_positions(self, numbers_BS: Tensor) -> Tensor:
+        """Of all positions of a row those that a rank routes."""
+        return numbers_BS.chunk(self.sequence_parts, dim=1)[self.sequence_part].contiguous()
+
+    def _one_after_the_other(self, parts: Sequence[Batch], numbers: Sequence[Tensor] | None) -> Tensor:
         model, losses = self.models[0], []
         for i, batch in enumerate(parts):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(i == len(parts) - 1)
-            loss = self.loss(model(batch.inputs_BS, self._documents(batch)), batch.targets_BS)
+            of_part = None if numbers is None else numbers[i]
+            loss = self.loss(model(batch.inputs_BS, self._documents(batch), of_part), batch.targets_BS)
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()

@@ -72,6 +72,7 @@ class Site:
         if self.parts == 1:
             return ids_TK, weights_TK
         part_ids = ids_TK.unsqueeze(2) * self.parts + torch.arange(self.parts, device=ids_TK.device)
+        part_ids = part_ids.masked_fill(ids_TK.unsqueeze(2) < 0, -1)
         return part_ids.flatten(1), weights_TK.repeat_interleave(self.parts, dim=1)
 
 
@@ -315,8 +316,8 @@ def record(ids_TK: Tensor, site: Site, plans: Sequence[Plan]) -> None:
     link = plans[0].hop.link
     ledger, num_ranks = link.ledger, site.cut.ep_size
     slot_of_id, _ = plans[0].hop.tables(ids_TK.device)
-    rank_TK = (slot_of_id[ids_TK] // site.slots_per_rank).long()
-    copies_TP = ids_TK.new_zeros(len(ids_TK), num_ranks).scatter_add_(1, rank_TK, torch.ones_like(rank_TK))
+    rank_TK = (slot_of_id[ids_TK] // site.slots_per_rank).long()  # of a choice that is dropped any
+    copies_TP = ids_TK.new_zeros(len(ids_TK), num_ranks).scatter_add_(1, rank_TK, (ids_TK >= 0).long())
     ledger.record_rows(link.layer, len(ids_TK), plain=copies_TP.sum(dim=0), dedup=(copies_TP > 0).sum(dim=0))
     for plan in plans:
         own = plan.hop.link.transport.rank

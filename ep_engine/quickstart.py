@@ -200,8 +200,9 @@ def make_experts(out: Path, sizes: Sizes, progress: Progress) -> Path:
             "base",
             sizes,
             model={"checkpoint": str(experts)},
-            train={"steps": sizes.expert_steps, "learning_rate": 1e-3, "load_balance": 0.1, "seed": 1},
+            train={"steps": sizes.expert_steps, "learning_rate": 1e-3, "seed": 1},
             parallel={"expert_parallel_size": NUM_RANKS},
+            balance={"switch": 0.1},
         ),
         progress,
     )
@@ -248,8 +249,9 @@ def run_arms(
             name,
             sizes,
             model={"checkpoint": str(base)},
-            train={"steps": sizes.arm_steps, "learning_rate": 5e-4, "load_balance": 0.1, "seed": 2},
+            train={"steps": sizes.arm_steps, "learning_rate": 5e-4, "seed": 2},
             parallel={"expert_parallel_size": NUM_RANKS},
+            balance={"switch": 0.1},
             **sections,
         )
         arms[name] = _figures(_torchrun(config, progress))

@@ -125,7 +125,26 @@ def resolve_layout(
             f"data.sequence_length ({config.data.sequence_length}) is longer than the model's positions "
             f"({model.max_position_embeddings}); choose a shorter one"
         )
-    return Layout(routed(config, model, placement), stages, placement)
+    return Layout(_balanced(config, routed(config, model, placement)), stages, placement)
+
+
+def _balanced(config: RunConfig, model: ModelConfig) -> ModelConfig:
+    """The model with a selection bias, if the run moves one and it has none yet."""
+    asked, moe = config.balance, model.moe
+    if moe is None:
+        return model
+    if asked.noise and not moe.gate_noise:
+        raise UserError(
+            "balance.noise is set, but the model's gates have no noise matrix (moe.gate_noise false); leave it out"
+        )
+    if asked.load and not asked.noise:
+        raise UserError(
+            f"balance.load ({asked.load}) has no gradient without balance.noise, for choices are counted then; set "
+            "that too, or leave it out"
+        )
+    if not asked.bias_rate or moe.selection_bias:
+        return model
+    return model.model_copy(update={"moe": moe.model_copy(update={"selection_bias": True})})
 
 
 def _check_apart(config: RunConfig) -> None:
@@ -195,13 +214,11 @@ def _token_ids(tokenizer: Path | None) -> dict[str, int | None]:
 def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
     ep_size, etp = config.parallel.expert_parallel_size, config.parallel.expert_tensor_parallel_size
     if model.moe is None:
-        asked = [name for name in ("moe", "routing") if differing(getattr(config, name))]
+        asked = [name for name in ("moe", "routing", "balance") if differing(getattr(config, name))]
         if ep_size * etp > 1 or asked:
             key, size = ("expert_parallel_size", ep_size) if ep_size > 1 else ("expert_tensor_parallel_size", etp)
             what = f"[{asked[0]}]" if asked else f"parallel.{key} ({size})"
             raise UserError(f"{what} needs a model with experts, this one is dense; split it first")
-        if "load_balance" in differing(config.train):
-            raise UserError("train.load_balance has no effect on a dense model; leave it out, or split the model first")
         return None
     experts_of_layer = model.experts_of_layer()
     fewest = min(experts_of_layer)

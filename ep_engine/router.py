@@ -12,17 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ep_engine import ops
+from ep_engine.capacity import Capacity
 from ep_engine.model_config import MoEConfig
+from ep_engine.noise import normal
 from ep_engine.selection import make_rule
 from ep_engine.weight_grads import Handover, tie
+
+_LEAST_DEVIATION = 0.01
 
 
 class Routing(NamedTuple):
     """The router's answer for the tokens of one rank."""
 
     ids_TK: Tensor  # int64, distinct in a row
-    weights_TK: Tensor  # float32
-    logits_TE: Tensor  # float32
+    weights_TK: Tensor  # float32, 0 for a choice that is dropped
+    logits_TE: Tensor  # float32, with the noise that was added
+    noise: "Noise | None" = None  # None: nothing was
+    kept_TK: Tensor | None = None  # bool: choices that are served; None: all
+
+    @property
+    def served(self) -> Tensor:
+        """The choices that are served, -1 for others."""
+        return self.ids_TK if self.kept_TK is None else self.ids_TK.masked_fill(~self.kept_TK, -1)
+
+
+class Choice(NamedTuple):
+    """What a router has chosen, for a layer that is computed twice."""
+
+    ids_TK: Tensor
+    kept_TK: Tensor | None
+
+
+class Noise(NamedTuple):
+    """Of a noisy gate, arXiv:1701.06538 eq. 4."""
+
+    clean_TE: Tensor  # float32, the logits without it
+    deviation_TE: Tensor  # float32, its standard deviation
 
 
 class Router(nn.Module):
@@ -40,27 +65,63 @@ class Router(nn.Module):
         self.w_out = None if moe.gate == "linear" else nn.Parameter(torch.empty(num_experts, inside))
         self.b_in = nn.Parameter(torch.empty(inside)) if moe.gate == "mlp_gelu" else None
         self.temperature = nn.Parameter(torch.empty(1)) if moe.gate == "cosine" else None
-        # Carried from checkpoint to checkpoint: nothing here adds noise.
+        # Carried from checkpoint to checkpoint, unless a run adds noise.
         self.w_noise = (
             nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=False) if moe.gate_noise else None
         )
+        # Moved by the load of experts, not by gradients (arXiv:2408.15664).
+        self.bias = nn.Parameter(torch.empty(num_experts), requires_grad=False) if moe.selection_bias else None
+        self.layer = layer
+        self.noise_seed: int | None = None  # None: no noise
+        self.capacity: Capacity | None = None
         renormalise = moe.renormalise or moe.routing.weights == "selected"
         self.weighing = moe.score, renormalise, moe.scale_of(layer)
         self.match_plain_mass = moe.routing.weights == "match_plain_mass"
         self.rule = make_rule(moe, layer)
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor | None = None) -> Routing:
-        """(T, D) of any dtype -> Routing; T may be 0. `ids_TK` are choices made before, to be weighed again."""
-        logits_TE = self.logits(x_TD)
+    def add_noise(self, seed: int) -> None:
+        """From now on tokens that are numbered get noise, whose matrix is trained."""
+        assert self.w_noise is not None, "asked for by whoever has read the model's configuration"
+        self.w_noise.requires_grad_(True)
+        self.noise_seed = seed
+
+    def forward(self, x_TD: Tensor, numbers_T: Tensor | None = None, before: Choice | None = None) -> Routing:
+        """(T, D) of any dtype -> Routing; T may be 0.
+
+        Args:
+            x_TD: tokens.
+            numbers_T: int64, each token's number in the run, -1 of padding; while training alone. A token's noise
+                depends on it, and what has a capacity is then full at some point.
+            before: choices made before for the same tokens, to be weighed again.
+        """
+        logits_TE, noise = self.logits(x_TD), None
+        if self.noise_seed is not None and numbers_T is not None:
+            logits_TE, noise = self._with_noise(logits_TE, x_TD, numbers_T)
         score, renormalise, scale = self.weighing
         how = self.rule.on(logits_TE.device)._replace(score=score, renormalise=renormalise, scale=scale)
+        if self.bias is not None:
+            how = how._replace(bias_E=self.bias.float())
+        ids_TK = None if before is None else before.ids_TK
         if ids_TK is not None:
             how = how._replace(rule="given")
         ids_TK, weights_TK = _Choose.apply(logits_TE, how, ids_TK)  # type: ignore[no-untyped-call]
         if self.match_plain_mass:
             _, plain_TK = _Choose.apply(logits_TE, how._replace(rule="topk"), None)  # type: ignore[no-untyped-call]
             weights_TK = weights_TK * (_sum_of_row(plain_TK) / _sum_of_row(weights_TK))
-        return Routing(ids_TK, weights_TK, logits_TE)
+        kept_TK = None if before is None else before.kept_TK
+        if self.capacity is not None and numbers_T is not None and before is None:
+            kept_TK = self.capacity(ids_TK, logits_TE.shape[1], numbers_T >= 0)
+        if kept_TK is not None:
+            weights_TK = torch.where(kept_TK, weights_TK, 0.0)
+        return Routing(ids_TK, weights_TK, logits_TE, noise, kept_TK)
+
+    def _with_noise(self, logits_TE: Tensor, x_TD: Tensor, numbers_T: Tensor) -> tuple[Tensor, Noise]:
+        """arXiv:1701.06538 eq. 4, with the 0.01 of LLaMA-MoE's code added to the deviation."""
+        assert self.w_noise is not None, "`add_noise` has asked"
+        assert self.noise_seed is not None, "the caller has asked"
+        deviation_TE = F.softplus(linear_by_row(x_TD.float(), self.w_noise.float())) + _LEAST_DEVIATION
+        drawn_TE = normal(numbers_T, logits_TE.shape[1], self.noise_seed, self.layer)
+        return logits_TE + deviation_TE * drawn_TE, Noise(logits_TE, deviation_TE)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) of any dtype -> (T, E) float32."""

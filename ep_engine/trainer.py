@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ep_engine import checkpoint, debug, job, run_folder, stopwatch
 from ep_engine.agreement import check_agreement
+from ep_engine.balancing import balance, move_biases, needs_numbers
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.entropy import entropy_sum
 from ep_engine.errors import Fault, UserError
@@ -35,6 +37,7 @@ from ep_engine.evaluate import Evaluation, evaluate
 from ep_engine.initial import initialise
 from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.metrics import Metrics
+from ep_engine.model_config import read_model_config
 from ep_engine.optimizer import (
     clip_gradients,
     learning_rate,
@@ -131,15 +134,18 @@ class Trainer:
             tokens=rows * data.sequence_length // meshes.stage.size(),
             stages=run.stages,
         )
+        together = meshes.stage.get_group()
+        losses = balance(self.stages, self.config.balance, seed=train.seed, has_padding=False, stage=together)
         self.watch = RouterWatch(
             run.model,
             device,
-            meshes.stage.get_group(),
-            coefficient=train.load_balance,
-            of_plain=train.load_balance_of == "plain",
-            counts_pairs=self.config.output.watch,
-            num_tokens=rows * data.sequence_length,
+            together,
+            meshes.dense["tp"].get_group(),
+            losses=losses,
+            of_rank=self.config.balance.over == "rank",
             num_parts=train.micro_batches,
+            num_rows=data.batch_size,
+            counts_pairs=self.config.output.watch,
         )
         for stage in self.stages:
             stage.recompute(train.recompute)
@@ -180,6 +186,10 @@ class Trainer:
             initialise(weights, self.run.model, self.config.train.seed)
             return 0
         moments = moment_entries(self.stages, self.optimizer, experts=self.experts) if self.run.resume else {}
+        stored = read_model_config(self.run.checkpoint / "model.json").moe
+        if stored is not None and not stored.selection_bias:  # the run begins to move one
+            for name in [name for name in weights if name.endswith(".router.bias")]:
+                weights.pop(name).tensor.zero_()
         kept = checkpoint.load(self.run.checkpoint, {**weights, **moments}, group=self.group)
         step: int = kept["step"] if self.run.resume else 0
         set_step(self.optimizer, step)
@@ -248,7 +258,10 @@ class Trainer:
         train = self.config.train
         tighten_steps = self.config.routing.tighten_steps
         self._tighten(self.step / tighten_steps if tighten_steps else 1.0)
-        share = self.pipeline.train([self._part(i) for i in range(train.micro_batches)])
+        self.watch.begin_step()
+        parts = range(train.micro_batches)
+        numbers = [self._numbers(i) for i in parts] if needs_numbers(self.config.balance) else None
+        share = self.pipeline.train([self._part(i) for i in parts], numbers)
         # Ranks of a tp group have the same loss.
         total, norm = sum_over_ranks(share / self.tp_size, self.stages, self.group)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -266,6 +279,9 @@ class Trainer:
                 group["lr"] = learning_rate(train, self.step)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.config.balance.bias_rate:
+                rate, stage = self.config.balance.bias_rate, self.meshes.stage.get_group()
+                move_biases(self.stages, self.watch.step_load_LE, rate, stage)
         self.step += 1
         self.last_norm = norm
         return total
@@ -282,6 +298,14 @@ class Trainer:
             return self.batches.batch(number, self.dp_rank, self.dp_size).to(self.device)
         except UserError as error:  # text that only this rank has read: not said before the start, nor by all
             raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
+
+    def _numbers(self, part: int) -> Tensor:
+        """(B, S) int64: the numbers in the run of this rank's tokens of a part of the next batch."""
+        data, parts = self.config.data, self.config.train.micro_batches
+        rows = data.batch_size // parts // self.dp_size
+        first = (self.step * parts + part) * (data.batch_size // parts) + self.dp_rank * rows
+        tokens = torch.arange(rows * data.sequence_length, device=self.device)
+        return (first * data.sequence_length + tokens).view(rows, -1)
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started

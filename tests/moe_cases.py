@@ -12,6 +12,7 @@ from ep_engine.model_config import MoEConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
+from ep_engine.router import Choice
 from ep_engine.shared_memory import SharedMemory
 from ep_engine.transport import Alone, Collective, Link, Transport
 
@@ -86,4 +87,4 @@ TIER = {True: "node", False: "network"}
 
 def set_routing(layer: Any, ids_TK: Tensor) -> None:
     """Let a layer route by these ids."""
-    layer.router.register_forward_pre_hook(lambda _, given: (given[0], ids_TK[: len(given[0])]))
+    layer.router.register_forward_pre_hook(lambda _, given: (given[0], None, Choice(ids_TK[: len(given[0])], None)))

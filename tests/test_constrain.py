@@ -13,12 +13,12 @@ from checkpoint_tools.export import export
 from checkpoint_tools.verify import verify
 from ep_engine import reference
 from ep_engine.checkpoint import newest
+from ep_engine.config import BalanceSection
 from ep_engine.constrain import in_no_list
 from ep_engine.errors import UserError
-from ep_engine.load_balance import RouterStatistics, with_plain_load
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, read_model_config
 from ep_engine.router import Router
-from ep_engine.selection import C2R, C2RGrouped, GroupLimited, TopK, make_rule
+from ep_engine.selection import C2RGrouped, GroupLimited, TopK, make_rule
 from tests.routing_cases import routing_cases, select_by_hand
 from tests.run_cases import losses, moe_folder, small_run, train_here
 from tests.run_files import make_files, resolve_run
@@ -206,17 +206,6 @@ def test_weights_that_change_nothing_are_refused(weights: str, others: dict[str,
         moe({"rule": "topk", "weights": weights}, score="softmax")
 
 
-def test_the_load_of_plain_top_k_beside_a_constraint() -> None:
-    logits_TE = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    ids_TK = C2R(2, routing_tables("c2r")["lists"][0], 1).select(logits_TE)
-    load_E = torch.bincount(ids_TK.flatten(), minlength=8).float()
-    router = RouterStatistics(load_E, logits_TE.softmax(1).sum(0), ids_TK, logits_TE)
-    plain = with_plain_load(router)
-    assert torch.equal(plain.load_E, torch.bincount(logits_TE.topk(2, dim=1).indices.flatten(), minlength=8).float())
-    assert not torch.equal(plain.load_E, load_E)
-    assert plain.probability_E is router.probability_E
-
-
 def test_experts_in_nobodys_list_are_named() -> None:
     first = [[1, 2, 3, 0], [0, 2, 3, 1], [0, 1, 3, 2], [0, 1, 2, 3]]
     second = [[3, 2, 1, 0], [2, 3, 0, 1], [1, 3, 0, 2], [0, 1, 2, 3]]
@@ -311,8 +300,10 @@ def test_a_run_that_tightens_resumes_with_the_same_bits(folder: Path) -> None:
 def test_the_balance_loss_may_count_plain_choices(folder: Path) -> None:
     found = {}
     for counted in ("rule", "plain"):
-        config = tightening(folder, f"balance-{counted}", load_balance=1.0, load_balance_of=counted)
-        config = config.model_copy(update={"routing": config.routing.model_copy(update={"tighten_steps": 0})})
+        config = tightening(folder, f"balance-{counted}")
+        balance = BalanceSection(switch=1.0, switch_of=counted)
+        routing = config.routing.model_copy(update={"tighten_steps": 0})
+        config = config.model_copy(update={"routing": routing, "balance": balance})
         train_here(config)
         found[counted] = losses(config)
     assert found["rule"][0] == found["plain"][0]  # the loss itself, before a step was taken

@@ -15,14 +15,15 @@ ORDER = [
     "debug", "ops", "checksum", "placement", "ledger", "reference", "message", "stopwatch",
     "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
-    "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
+    "selection", "weight_grads", "noise", "capacity", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
-    "recompute", "norm", "feed_forward", "entropy", "load_balance",  # what it is part of
+    "recompute", "norm", "feed_forward", "entropy", "balance_losses", "load_balance",  # what it is part of
     "moe_layer", "attention", "model",
     "tokens", "corpus", "entries", "checkpoint", "whole_model", "saver", "initial",  # what it reads and writes
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
-    "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
+    "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate",  # what shares it
+    "watch", "balancing", "agreement",
     "layout", "resolve", "routing_metrics", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "cluster", "work", "plan_run", "simulate", "what_if",

@@ -15,7 +15,6 @@ from ep_engine import checkpoint
 from ep_engine.collaboration import read_profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import UserError
-from ep_engine.load_balance import RouterStatistics, load_balance_loss
 from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, read_model_config
 from ep_engine.parallelize import entries_of
@@ -196,16 +195,6 @@ def test_sizes_of_a_pyramid_are_checked() -> None:
         MoEConfig(routing=RoutingConfig(rule="c2r", top_t=2, lists=lists), **kept)
     with pytest.raises(ValueError, match=r"routing.num_groups \(3\) must divide the 2 experts"):
         MoEConfig(routing=RoutingConfig(rule="group_limited", num_groups=3, max_devices=2), **kept)
-
-
-def test_each_layer_counts_alike_in_the_balance_loss() -> None:
-    """1 for a layer that is in balance, however many experts it has."""
-
-    def balanced(experts: int) -> RouterStatistics:
-        load_E = torch.full((experts,), 12.0 / experts)
-        return RouterStatistics(load_E, load_E / 2, torch.empty(6, 2), torch.empty(6, experts))
-
-    assert float(load_balance_loss([balanced(2), balanced(4)], 6, None)) == pytest.approx(1.0)
 
 
 def test_options_make_the_configuration() -> None:

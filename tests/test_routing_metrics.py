@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_engine.config import RunConfig
-from ep_engine.load_balance import load_balance_loss, router_statistics
+from ep_engine.balance_losses import losses_of
+from ep_engine.config import BalanceSection, RunConfig
+from ep_engine.load_balance import router_statistics
 from ep_engine.model_config import ModelConfig, read_model_config
 from ep_engine.router import Routing
 from ep_engine.routing_metrics import describe_layer, max_over_mean
@@ -47,13 +48,17 @@ def test_the_watch_counts_what_plain_sums_say(folder: Path) -> None:
 
 
 def _count(rank: int, world_size: int, model: ModelConfig) -> None:
-    assert dist.group.WORLD is not None
-    watch = RouterWatch(model, torch.device("cpu"), dist.group.WORLD, coefficient=0.5, num_tokens=20, num_parts=2)
+    world = dist.group.WORLD
+    assert world is not None
+    kinds = losses_of(BalanceSection(switch=0.5))
+    options: dict[str, Any] = {"losses": kinds, "of_rank": True, "num_parts": 2, "num_rows": 2}
+    watch = RouterWatch(model, torch.device("cpu"), world, world, **options)
     generator = torch.Generator().manual_seed(0)
     parts = [[torch.randn(20, 8, generator=generator) for _ in range(2)] for _ in range(2)]
     for logits_LTE in parts:
         routings = [Routing(one.topk(2).indices, one.new_ones(20, 2), one) for one in logits_LTE]
-        watch(torch.zeros(1), {i: router_statistics(routing) for i, routing in enumerate(routings)})
+        kind = (kinds["switch"][1],)
+        watch(torch.zeros(1), {i: router_statistics(routing, losses=kind) for i, routing in enumerate(routings)})
     load_LE, importance_LE, tokens_L, entropy_L, dropped_L, balance = watch.taken(dist.group.WORLD)
     for layer in range(2):
         logits_TE = torch.cat([part[layer] for part in parts]).double()
@@ -63,11 +68,11 @@ def _count(rank: int, world_size: int, model: ModelConfig) -> None:
         torch.testing.assert_close(importance_LE[layer], p_TE.sum(dim=0), rtol=1e-5, atol=1e-5)  # summed in float32
         torch.testing.assert_close(entropy_L[layer], -(p_TE * p_TE.log()).sum(), rtol=1e-5, atol=1e-5)
     assert (tokens_L.tolist(), dropped_L.tolist()) == ([40, 40], [0, 0])
-    of_parts = [
-        load_balance_loss([router_statistics(Routing(one.topk(2).indices, one, one)) for one in part], 20, None)
-        for part in parts
-    ]
-    assert float(balance) == pytest.approx(float(sum(of_parts)) / 2, rel=1e-6)
+    values = []
+    for one in (one for part in parts for one in part):
+        share_E = torch.bincount(one.topk(2).indices.flatten(), minlength=8) / 40
+        values.append(float(8 * (share_E * one.softmax(dim=1).mean(dim=0)).sum()))
+    assert float(balance) == pytest.approx(sum(values) / 4, rel=1e-6)
     assert all(not one.any() for one in watch.taken(dist.group.WORLD))
 
 
@@ -111,7 +116,7 @@ def test_every_layout_tells_of_the_same_routing(layout: str, folder: Path) -> No
         for name in ("max_violation", "entropy", "token_entropy"):
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
     assert found["balance_losses"] == pytest.approx(expected["balance_losses"], rel=1e-5)
-    assert found["balance_losses"]["load_balance"] >= 1
+    assert found["balance_losses"]["switch"] >= 1
     assert found["load_max_over_mean"] == pytest.approx(expected["load_max_over_mean"], rel=1e-6)
     assert found["tokens_per_second_per_rank"] * ranks == pytest.approx(found["tokens_per_second"])
 

@@ -32,6 +32,7 @@ __global__ void count_pairs_kernel(const CountPairsArgs args) {
   for (int64_t a = own_first; a < num_choices; a += stride) {
     const int64_t first = a / args.top_k * args.top_k;  // of the token's choices
     for (int64_t b = first; b < first + args.top_k; ++b) {
+      if (args.expert_ids[a] < 0 || args.expert_ids[b] < 0) continue;
       const int64_t pair = args.expert_ids[a] * args.num_experts + args.expert_ids[b];
       if constexpr (kOwnCounts) {
         atomicAdd(&own[pair], 1u);

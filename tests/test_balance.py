@@ -1,0 +1,492 @@
+"""Balance: golden numbers, plain formulas, gradients; sums over ranks and parts; noise, capacity, biases."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+
+from checkpoint_tools.source import open_source
+from ep_engine.activations import Part
+from ep_engine.balance_losses import Seen, losses_of, probabilities, squared_variation
+from ep_engine.capacity import Capacity
+from ep_engine.config import BalanceSection, RunConfig, make_config
+from ep_engine.entries import Shard, expected_entries
+from ep_engine.errors import UserError
+from ep_engine.expert_traffic import Passed
+from ep_engine.initial import initialise
+from ep_engine.load_balance import router_statistics
+from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.moe_layer import MoELayer
+from ep_engine.noise import normal
+from ep_engine.resolve import resolve
+from ep_engine.router import Noise, Router, Routing
+from ep_engine.watch import RouterWatch
+from ep_engine.whole_model import write_model
+from tests.distributed import run_ranks
+from tests.run_cases import NEW_MODEL, losses, small_run, train_here, write_text
+
+E, K, L = 6, 2, 3
+KINDS = ("switch", "importance", "load", "sequence", "mutual_information", "z")
+
+
+def section(**coefficients: Any) -> BalanceSection:
+    return BalanceSection(**{"switch": 0.0, **coefficients})
+
+
+def kind_of(name: str, **options: Any) -> Any:
+    (_, kind) = losses_of(section(**{name: 1.0, **options}))[name]
+    return kind
+
+
+def routing_of(logits_TE: Tensor, ids_TK: Tensor | None = None, noise: Noise | None = None) -> Routing:
+    ids_TK = logits_TE.detach().topk(K, dim=1).indices if ids_TK is None else ids_TK
+    return Routing(ids_TK, logits_TE.gather(1, ids_TK).softmax(dim=1), logits_TE, noise)
+
+
+def seen_of(routing: Routing, counts_T: Tensor | None = None, num_rows: int = 1) -> Seen:
+    return Seen(routing, probabilities(routing.logits_TE, "softmax"), counts_T, num_rows)
+
+
+def loss_of(name: str, seen: Seen, over: int, **options: Any) -> Tensor:
+    kind = kind_of(name, **options)
+    value: Tensor = kind.value(kind.sums(seen), torch.tensor(float(over)))
+    return value
+
+
+GOLDEN = torch.tensor([[1.0, 2, 0, -1], [0.5, -0.5, 0.25, 0], [3, 0, 1, 2]])
+DRAWN = torch.tensor([[0.1, -0.2, 0.3, 0], [-0.1, 0.2, 0, 0.4], [0, 0.5, -0.3, 0.2]])
+
+
+def test_golden_numbers_of_llama_moe() -> None:
+    """specs/llama_moe.md 3.2, computed there with the published code; its loss is 0.01 times the two."""
+    seen = seen_of(routing_of(GOLDEN))
+    assert kind_of("importance").sums(seen).tolist() == pytest.approx([1.5621765, 0.73105858, 0.4378235, 0.26894142])
+    assert kind_of("load").sums(seen).tolist() == [3, 1, 1, 1]
+    both = loss_of("importance", seen, 3) + loss_of("load", seen, 3)
+    assert float(0.01 * both) == pytest.approx(0.0103043614, rel=1e-6)
+
+    deviation = torch.full_like(GOLDEN, math.log(2) + 0.01)
+    noisy = seen_of(routing_of(GOLDEN + DRAWN, noise=Noise(GOLDEN, deviation)))
+    assert kind_of("importance").sums(noisy).tolist() == pytest.approx([1.521787, 0.668188, 0, 0.810026], abs=1e-6)
+    for compat, load_E, loss in (
+        (False, [2.478633, 1.093348, 0.518346, 1.33026], 0.01061179),
+        (True, [1.872386, 1.000878, 0.518346, 0.75054], 0.01018876),
+    ):
+        options: dict[str, Any] = {"noise": True, "reference_compat": compat}
+        assert kind_of("load", **options).sums(noisy).tolist() == pytest.approx(load_E, rel=1e-5)
+        both = loss_of("importance", noisy, 3) + loss_of("load", noisy, 3, **options)
+        assert float(0.01 * both) == pytest.approx(loss, rel=1e-5)
+
+
+def test_balance_and_its_opposite() -> None:
+    even = seen_of(routing_of(torch.zeros(E, E), torch.stack([torch.arange(E), torch.arange(E).roll(1)], dim=1)))
+    assert float(loss_of("switch", even, E)) == pytest.approx(1.0)
+    assert float(loss_of("sequence", even, 1)) == pytest.approx(1.0)
+    assert float(loss_of("importance", even, E)) == pytest.approx(0.0, abs=1e-12)
+    assert float(loss_of("mutual_information", even, E)) == pytest.approx(0.0, abs=1e-6)  # nothing is learnt of a token
+    assert float(loss_of("z", even, E)) == pytest.approx(math.log(E) ** 2)
+
+    logits = torch.full((4, E), -50.0)
+    logits[:, 2] = 50.0
+    one = seen_of(routing_of(logits, torch.full((4, 1), 2)))
+    assert float(loss_of("switch", one, 4)) == pytest.approx(E)
+    assert float(loss_of("load", one, 4)) == pytest.approx(E)  # E of one unit: variance E / E^2... over mean^2
+    assert float(loss_of("mutual_information", one, 4)) == pytest.approx(0.0, abs=1e-6)
+    sure = seen_of(routing_of(100 * torch.eye(E), torch.arange(E)[:, None]))
+    assert float(loss_of("mutual_information", sure, E)) == pytest.approx(-math.log(E), rel=1e-6)
+
+
+def test_variation_is_that_of_a_sample() -> None:
+    v = torch.tensor([1.0, 2.0, 6.0])
+    assert float(squared_variation(v)) == pytest.approx(7.0 / 9.0)
+    assert float(squared_variation(v[:1])) == 0.0
+
+
+def plain(name: str, logits_TE: Tensor, rows: int) -> Tensor:
+    """Every loss token by token, in float64."""
+    logits_TE = logits_TE.double()
+    p_TE, ids_TK = logits_TE.softmax(dim=1), logits_TE.detach().topk(K, dim=1).indices
+    tokens = len(p_TE)
+
+    def switch(part: slice) -> Tensor:
+        share = [float((ids_TK[part] == e).sum()) / ids_TK[part].numel() for e in range(E)]
+        return E * sum(f * p for f, p in zip(share, p_TE[part].mean(dim=0), strict=True))
+
+    if name == "switch":
+        return switch(slice(None))
+    if name == "sequence":
+        each = tokens // rows
+        return sum(switch(slice(row * each, (row + 1) * each)) for row in range(rows)) / rows
+    if name == "importance":
+        chosen = torch.zeros(E, dtype=torch.float64)
+        for t in range(tokens):
+            w = logits_TE[t, ids_TK[t]].softmax(dim=0)
+            chosen = chosen.index_add(0, ids_TK[t], w)
+        return ((chosen - chosen.mean()) ** 2).sum() / (E - 1) / chosen.mean() ** 2
+    if name == "z":
+        return sum(torch.log(torch.exp(row).sum()) ** 2 for row in logits_TE) / tokens
+    mean = p_TE.mean(dim=0)
+    return -(p_TE * p_TE.log()).sum() / tokens + (mean * (mean + 1e-8).log()).sum()
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "load"])
+def test_values_and_gradients_are_those_of_the_formula(name: str) -> None:
+    ours = torch.randn(20, E, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    found = loss_of(name, seen_of(routing_of(ours), num_rows=4), 4 if name == "sequence" else 20)
+    expected = plain(name, theirs, rows=4)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(found, expected.float())
+    assert ours.grad is not None
+    assert ours.grad.abs().max() > 1e-4
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_smooth_load_has_the_gradient_of_differences() -> None:
+    clean = torch.randn(5, E, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    drawn = torch.randn(5, E, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    kind = kind_of("load", noise=True)
+
+    def loss(clean_TE: Tensor, deviation_TE: Tensor) -> Tensor:
+        noisy = clean_TE + deviation_TE * drawn
+        value: Tensor = kind.value(
+            kind.sums(seen_of(routing_of(noisy, noise=Noise(clean_TE, deviation_TE)))), torch.ones(())
+        )
+        return value
+
+    inputs = (clean.requires_grad_(), torch.full_like(clean, 0.7).requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_counts_for_nothing(name: str) -> None:
+    logits = torch.randn(12, E, generator=torch.Generator().manual_seed(4))
+    counts = torch.tensor([True] * 4 + [False] * 2 + [True] * 3 + [False] * 3)  # two rows of six
+    whole = seen_of(routing_of(logits), counts, num_rows=2)
+    if name == "sequence":
+        rows = [seen_of(routing_of(logits[part])) for part in (slice(0, 4), slice(6, 9))]
+        expected = (loss_of(name, rows[0], 1) + loss_of(name, rows[1], 1)) / 2
+        torch.testing.assert_close(loss_of(name, whole, 2), expected)
+    else:
+        left = seen_of(routing_of(logits[counts]))
+        torch.testing.assert_close(loss_of(name, whole, 7), loss_of(name, left, 7))
+    found = router_statistics(routing_of(logits), counts_T=counts, num_rows=2)
+    assert (int(found.num_tokens), float(found.load_E.sum())) == (7, 14.0)
+    assert found.ids_TK[~counts].eq(-1).all()
+
+
+def test_the_choices_count_and_not_the_scores() -> None:
+    """Under a constrained rule an expert may have high scores and no token; C2R's published code counts plain top-k."""
+    logits = torch.tensor([[4.0, 3.0, 0.0, 0.0, 0.0, 0.0]] * 4)
+    seen = seen_of(routing_of(logits, torch.tensor([[0, 5]] * 4)))
+    assert kind_of("switch").sums(seen)[:E].tolist() == [4, 0, 0, 0, 0, 4]
+    assert kind_of("switch", switch_of="plain").sums(seen)[:E].tolist() == [4, 4, 0, 0, 0, 0]
+
+
+def layers_of(tokens: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(tokens, E, generator=generator).requires_grad_() for _ in range(L)]
+
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=L,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    moe=MoEConfig(num_experts=E, top_k=K, expert_hidden_size=8),
+)
+
+
+def watch_of(asked: BalanceSection, parts: int, rows: int, alone: dist.ProcessGroup) -> RouterWatch:
+    assert dist.group.WORLD is not None
+    options: dict[str, Any] = {"losses": losses_of(asked), "of_rank": asked.over == "rank"}
+    return RouterWatch(MODEL, torch.device("cpu"), dist.group.WORLD, alone, num_parts=parts, num_rows=rows, **options)
+
+
+def run_parts(watch: RouterWatch, asked: BalanceSection, parts: Sequence[list[Tensor]], rows: int) -> None:
+    """Forward and backward of the parts of a batch."""
+    kinds = tuple(kind for _, kind in losses_of(asked).values())
+    for layers in parts:
+        statistics = {
+            i: router_statistics(routing_of(one), losses=kinds, num_rows=rows) for i, one in enumerate(layers)
+        }
+        watch(torch.zeros(1, requires_grad=True), statistics).sum().backward()
+
+
+def test_ranks_share_the_losses_of_a_batch() -> None:
+    run_ranks(_check_ranks, world_size=2)
+
+
+def _check_ranks(rank: int, world_size: int) -> None:
+    groups = [dist.new_group([r]) for r in range(world_size)]
+    asked = section(switch=1.0, importance=0.3, load=0.2, sequence=0.5, mutual_information=0.4, z=0.1)
+    whole, mine = layers_of(16), layers_of(16)
+    expected = torch.zeros(())
+    for name, (coefficient, _) in losses_of(asked).items():
+        values = [loss_of(name, seen_of(routing_of(one), num_rows=4), 4 if name == "sequence" else 16) for one in whole]
+        expected = expected + coefficient * torch.stack(values).mean()
+    expected.backward()
+    watch = watch_of(asked, 1, 4, groups[rank])
+    part = slice(8 * rank, 8 * rank + 8)
+    run_parts(watch, asked, [[one[part] for one in mine]], rows=2)
+    for one, all_ in zip(mine, whole, strict=True):
+        torch.testing.assert_close(one.grad[part], all_.grad[part])
+    shares = watch.taken(dist.group.WORLD)[5:]
+    total = sum(c * float(share) for (c, _), share in zip(losses_of(asked).values(), shares, strict=True))
+    assert total == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_parts_add_up_to_the_batch_as_far_as_it_is_known() -> None:
+    run_ranks(_check_parts, world_size=1)
+
+
+def _check_parts(rank: int, world_size: int) -> None:
+    alone = dist.new_group([0])
+    for over in ("batch", "rank"):
+        asked = section(switch=1.0, importance=0.3, mutual_information=0.4, over=over)
+        whole, mine = layers_of(16), layers_of(16)
+        watch = watch_of(asked, 2, 4, alone)
+        for _ in range(2):  # a second step forgets the first
+            for one in mine:
+                one.grad = None
+            watch.begin_step()
+            run_parts(watch, asked, [[one[:8] for one in mine], [one[8:] for one in mine]], rows=2)
+        # The gradient of a part's own tokens in the loss of: the part twice; for the second, of both.
+        for part, known in (
+            (slice(0, 8), slice(0, 8)),
+            (slice(8, 16), slice(0, 16) if over == "batch" else slice(8, 16)),
+        ):
+            expected = torch.zeros(())
+            times = 16 // (known.stop - known.start)
+            for one in whole:
+                one.grad = None
+                rows = torch.cat([one[known].detach()] * (times - 1) + [one[known]]) if times > 1 else one[known]
+                seen = seen_of(routing_of(rows))
+                for name, (coefficient, _) in losses_of(asked).items():
+                    expected = expected + coefficient * loss_of(name, seen, 16) / L
+            expected.backward()
+            for one, all_ in zip(mine, whole, strict=True):
+                torch.testing.assert_close(one.grad[part], all_.grad[part], rtol=1e-4, atol=1e-7)
+
+
+def test_noise_is_normal_and_belongs_to_the_token() -> None:
+    drawn = normal(torch.arange(20_000), 8, seed=3, stream=1)
+    assert stats.kstest(drawn.flatten().numpy()[:50_000], "norm").pvalue > 0.01
+    corr = torch.corrcoef(drawn.t())
+    assert float((corr - torch.eye(8)).abs().max()) < 0.05
+    assert torch.equal(normal(torch.tensor([5, 17]), 8, 3, 1), drawn[[5, 17]])
+    for other in (normal(torch.arange(100), 8, 4, 1), normal(torch.arange(100), 8, 3, 2)):
+        assert not torch.equal(other, drawn[:100])
+
+
+def test_a_router_adds_noise_to_numbered_tokens_alone() -> None:
+    moe = MoEConfig(num_experts=E, top_k=K, expert_hidden_size=8, gate="linear", gate_noise=True)
+    router = Router(moe, 16, 0)
+    torch.nn.init.normal_(router.w_in)
+    torch.nn.init.zeros_(router.w_noise)
+    router.add_noise(seed=1)
+    x, numbers = torch.randn(9, 16), torch.arange(9)
+    assert router(x).noise is None
+    noisy = router(x, numbers)
+    assert noisy.noise is not None
+    assert noisy.noise.deviation_TE.unique().tolist() == pytest.approx([math.log(2) + 0.01])
+    torch.testing.assert_close(noisy.logits_TE - noisy.noise.clean_TE, (math.log(2) + 0.01) * normal(numbers, E, 1, 0))
+    part = router(x[3:5], numbers[3:5])
+    assert torch.equal(part.logits_TE, noisy.logits_TE[3:5])
+    noisy.weights_TK[:, 0].sum().backward()
+    assert router.w_noise.grad is not None
+    assert router.w_noise.grad.any()
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=2, max_size=2, unique=True), max_size=12), st.floats(0.1, 3))
+def test_an_expert_serves_the_first_tokens_up_to_its_capacity(ids: list[list[int]], factor: float) -> None:
+    ids_TK = torch.tensor(ids, dtype=torch.int64).view(-1, 2)
+    counts = torch.arange(len(ids)) % 4 != 3
+    kept = Capacity(factor, None)(ids_TK, 5, counts)
+    most = math.ceil(int(counts.sum()) * 2 * (factor / 5) - 1e-6)
+    served: dict[int, int] = {}
+    for token, row in enumerate(ids):
+        for k, expert in enumerate(row):
+            wanted = bool(counts[token]) and served.get(expert, 0) < most
+            assert bool(kept[token, k]) == wanted
+            served[expert] = served.get(expert, 0) + bool(counts[token])
+
+
+@pytest.mark.parametrize("name", [*KINDS, "noise", "load and noise", "capacity_factor"])
+def test_what_losses_keep_for_the_backward_is_predicted(name: str) -> None:
+    moe = MoEConfig(num_experts=32, top_k=K, expert_hidden_size=8, gate="linear", gate_noise=True)
+    asked: dict[str, Any] = {"switch": 1.0, name.split()[0]: 1.0}
+    if name in ("noise", "load", "load and noise"):
+        asked |= {"noise": True}
+    data = {"train": "text", "sequence_length": 16, "batch_size": 4}
+    sections = {"model": {"checkpoint": "m"}, "data": data, "train": {"steps": 1}, "output": {"folder": "r"}}
+    found, predicted = [], []
+    for balance in ({"switch": 1.0}, asked):
+        config = make_config({**sections, "balance": balance}, "a test")
+        predicted.append(Part(config, MODEL.model_copy(update={"moe": moe}), 1).layer(0, Passed(1, 1, 0, 1)).total)
+        found.append(kept_by(moe, config.balance))
+    assert found[1] - found[0] == predicted[1] - predicted[0]
+
+
+def kept_by(moe: MoEConfig, asked: BalanceSection) -> int:
+    """Bytes that autograd saves in one pass of a layer over 4 rows of 16 tokens, but for its weights."""
+    layer = MoELayer(moe, 32, 0)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    layer.losses = tuple(kind for _, kind in losses_of(asked).values())
+    if asked.noise:
+        layer.router.add_noise(0)
+    if asked.capacity_factor:
+        layer.router.capacity = Capacity(100.0, None)  # drops nothing: rows are the same
+    known = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x, torch.arange(64), num_rows=4)
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in known)
+
+
+def noisy_model(folder: Path, bias: Tensor | None = None, **moe: Any) -> Path:
+    """A checkpoint of random weights whose gates have noise, and perhaps a bias."""
+    shape = {"num_experts": 4, "top_k": 2, "expert_hidden_size": 24, "gate": "mlp", "gate_noise": True, **moe}
+    sizes = {**NEW_MODEL, "head_dim": 8, "initializer_range": 0.1}
+    config = ModelConfig(**sizes, moe=MoEConfig(**shape))
+    tensors = {name: torch.empty(size) for name, size in expected_entries(config).items()}
+    initialise({name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()}, config, seed=0)
+    if bias is not None:
+        tensors |= {name: bias for name in tensors if name.endswith("router.bias")}
+    write_model(folder, config, tensors)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_text(tmp_path_factory.mktemp("balance"))
+    noisy_model(folder / "noisy")
+    return folder
+
+
+ALL = {
+    "switch": 0.05,
+    "importance": 0.02,
+    "load": 0.02,
+    "sequence": 0.03,
+    "mutual_information": 0.02,
+    "z": 0.01,
+    "noise": True,
+    "bias_rate": 0.05,
+}
+
+
+def run_of(folder: Path, name: str, balance: dict[str, Any], parts: int = 1, **sections: Any) -> RunConfig:
+    train = {"steps": 5, "micro_batches": parts, "log_every": 2, **sections.pop("train", {})}
+    model = {"checkpoint": str(folder / "noisy")}
+    return small_run(folder, name, **{"model": model, "balance": balance, "train": train, **sections})
+
+
+LAYOUTS: dict[str, tuple[int, int, dict[str, int], dict[str, Any]]] = {
+    "dp2": (2, 1, {}, {}),
+    "ep2 in parts": (2, 2, {"expert_parallel_size": 2}, {}),
+    "tp2 ep2": (2, 1, {"tensor_parallel_size": 2, "expert_parallel_size": 2}, {}),
+    "pp2 in parts": (2, 2, {"pipeline_parallel_size": 2}, {}),
+    "ep2, computed again": (2, 2, {"expert_parallel_size": 2}, {"recompute": "full"}),
+    "dp2 ep2 of 4": (4, 1, {"expert_parallel_size": 2}, {}),
+}
+
+
+def _train(rank: int, world_size: int, config: RunConfig) -> None:
+    train_here(config, rank, world_size)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_alike_with_everything_on(name: str, folder: Path) -> None:
+    ranks, parts, parallel, train = LAYOUTS[name]
+    balance = ALL if "tp" in name else {**ALL, "capacity_factor": 1.2}  # under tp ranks have other tokens first
+    alone = run_of(folder, f"alone {name}", balance, parts)
+    train_here(alone)
+    config = run_of(folder, name, balance, parts, parallel=parallel, train=train)
+    run_ranks(_train, config, world_size=ranks)
+    assert losses(config) == pytest.approx(losses(alone), rel=1e-5)  # sums of ranks are added in another order
+    one, many = (last_line(c) for c in (alone, config))
+    assert many["balance_losses"] == pytest.approx(one["balance_losses"], rel=1e-4)
+    assert set(one["balance_losses"]) == set(KINDS)
+    for a, b in zip(one["layers"], many["layers"], strict=True):
+        assert (a["load"], a["dropped"]) == (b["load"], b["dropped"])
+    assert ("tp" in name) or sum(layer["dropped"] for layer in one["layers"]) > 0
+    after = [open_source(c.output.folder / "checkpoints/step_000005").tensors for c in (alone, config)]
+    for i in range(2):
+        biases = [tensors[f"layers.{i}.moe.router.bias"] for tensors in after]
+        assert biases[0].any()
+        torch.testing.assert_close(*biases)
+        assert after[0][f"layers.{i}.moe.router.w_noise"].any()  # it is trained
+
+
+def last_line(config: RunConfig) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads((config.output.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return line
+
+
+def test_noise_and_biases_resume_with_the_same_bits(folder: Path) -> None:
+    whole = run_of(folder, "whole", ALL)
+    train_here(whole)
+    cut = run_of(folder, "cut", ALL, train={"save_every": 3})
+    train_here(cut)
+    (cut.output.folder / "checkpoints/step_000005").rename(folder / "gone")
+    train_here(cut.model_copy(update={"output": cut.output.model_copy(update={"resume": True})}))
+    assert losses(cut) == losses(whole)
+
+
+def test_a_bias_makes_experts_equally_busy(folder: Path) -> None:
+    """One expert is favoured at first, by a bias that only the loads of steps take back."""
+    noisy_model(folder / "skewed", selection_bias=True, bias=torch.tensor([0.4, 0.0, 0.0, 0.0]))
+    busiest = {}
+    for rate in (0.0, 0.02):
+        train = {"steps": 40, "log_every": 20, "learning_rate": 1e-5, "min_learning_rate": 1e-5}
+        skewed = {"model": {"checkpoint": str(folder / "skewed")}}
+        config = run_of(folder, f"rate {rate}", {"switch": 0.0, "bias_rate": rate}, train=train, **skewed)
+        train_here(config)
+        busiest[rate] = last_line(config)["load_max_over_mean"]
+    assert busiest[0.0] > 1.8
+    assert busiest[0.02] < 1.15
+
+
+@pytest.mark.parametrize(
+    ("balance", "sentence"),
+    [
+        ({"load": 0.1}, r"balance.load \(0.1\) has no gradient without balance.noise"),
+        ({"switch": 0.0, "switch_of": "plain"}, r"balance.switch_of \(plain\) has no effect, balance.switch is 0"),
+        ({"reference_compat": True}, "balance.reference_compat has no effect without balance.noise and balance.load"),
+        ({"z": -0.1}, "balance.z: Input should be greater than or equal to 0, got -0.1"),
+        ({"capacity_factor": 0.0}, "balance.capacity_factor: Input should be greater than 0"),
+    ],
+)
+def test_what_has_no_effect_or_sense_is_refused(balance: dict[str, Any], sentence: str, folder: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        resolve(run_of(folder, "refused", balance), 1)
+
+
+def test_noise_needs_its_matrix_and_a_dense_model_has_no_experts(folder: Path) -> None:
+    noisy_model(folder / "quiet", gate_noise=False)
+    quiet = {"model": {"checkpoint": str(folder / "quiet")}}
+    with pytest.raises(UserError, match=r"balance.noise is set, but the model's gates have no noise matrix"):
+        resolve(run_of(folder, "refused", {"noise": True}, **quiet), 1)
+    with pytest.raises(UserError, match=r"\[balance\] needs a model with experts, this one is dense; split it first"):
+        resolve(small_run(folder, "refused", balance={"switch": 0.1}), 1)
