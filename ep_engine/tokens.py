@@ -13,10 +13,11 @@ import hashlib
 import math
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,12 +43,12 @@ def _indexed_dataset() -> ModuleType:
     return module
 
 
-def write_token_file(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab_size: int) -> tuple[int, int]:
+def write_token_file(prefix: Path, documents: Iterable[NDArray[np.integer]], vocab_size: int) -> tuple[int, int]:
     """Write `prefix`.bin and `prefix`.idx, replacing an older pair; both appear whole or not at all.
 
     Args:
         prefix: Path without suffix.
-        documents: Each (num_tokens,) int64, ids in [0, vocab_size), end-of-text included. Read once, one at a time.
+        documents: Each (num_tokens,) integers, ids in [0, vocab_size), end-of-text included. Read once, one at a time.
         vocab_size: Below 65500 the file holds uint16, else int32 (Megatron's own rule).
 
     Returns:
@@ -57,24 +58,68 @@ def write_token_file(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab
         UserError: the documents hold no token, or one has an id outside [0, vocab_size).
         Fault: the disk is full.
     """
+    with _pair(prefix, vocab_size, (mask_prefix(prefix),)) as add:
+        for document in documents:
+            _check_ids(document, vocab_size, f"document {len(add.lengths)} for {prefix}.bin")
+            add(document)
+    return sum(add.lengths), len(add.lengths)
+
+
+def write_masked_token_file(
+    prefix: Path, documents: Iterable[tuple[NDArray[np.integer], NDArray[np.uint8]]], vocab_size: int
+) -> tuple[int, int]:
+    """The same, and beside it a pair of bytes: 1 for a token that is to be learnt, 0 for one that is only read.
+
+    The mask is a token file of its own, with the same documents, so Megatron's reader reads it too. Its names are of
+    `mask_prefix`.
+    """
+    # What is closed first appears first: tokens never appear without their mask.
+    with _pair(prefix, vocab_size) as add, _pair(mask_prefix(prefix), None) as add_mask:
+        for document, mask in documents:
+            assert len(document) == len(mask), f"{len(document)} tokens, {len(mask)} in their mask"
+            _check_ids(document, vocab_size, f"document {len(add.lengths)} for {prefix}.bin")
+            add(document)
+            add_mask(mask)
+    return sum(add.lengths), len(add.lengths)
+
+
+def mask_prefix(prefix: Path) -> Path:
+    """Name, without suffix, of the loss mask of a token file."""
+    return prefix.with_name(f"{prefix.name}_loss_mask")
+
+
+class _Adding:
+    """Adds documents to a file."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+        self.lengths: list[int] = builder.sequence_lengths
+
+    def __call__(self, document: NDArray[np.integer]) -> None:
+        self._builder.add_document(document, [len(document)])
+
+
+@contextmanager
+def _pair(prefix: Path, vocab_size: int | None, outdated: Sequence[Path] = ()) -> Iterator[_Adding]:
+    """A pair that is being written; None: of bytes. Pairs that go with the old one are deleted with it."""
     megatron = _indexed_dataset()
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    dtype = np.uint8 if vocab_size is None else megatron.DType.optimal_dtype(vocab_size)
     with whole_file(idx_path) as idx, whole_file(bin_path) as bin_:
-        builder = megatron.IndexedDatasetBuilder(str(bin_), dtype=megatron.DType.optimal_dtype(vocab_size))
+        builder = megatron.IndexedDatasetBuilder(str(bin_), dtype=dtype)
         try:
-            for document in documents:
-                _check_ids(document, vocab_size, f"document {len(builder.sequence_lengths)} for {bin_path}")
-                builder.add_document(document, [len(document)])
+            yield _Adding(builder)
         finally:
             builder.data_file.close()
-        num_tokens, num_documents = sum(builder.sequence_lengths), len(builder.sequence_lengths)
-        if num_tokens == 0:
+        if sum(builder.sequence_lengths) == 0:
             raise UserError(f"token file {bin_path} would hold 0 tokens; give at least one readable text")
         builder.finalize(str(idx))
         # The new .bin takes its place first: with the old .idx gone, a stop between the two renames leaves a missing
         # file, which is refused, and never a pair that does not belong together.
         idx_path.unlink(missing_ok=True)
-    return num_tokens, num_documents
+        for old in outdated:
+            Path(f"{old}.idx").unlink(missing_ok=True)
+            Path(f"{old}.bin").unlink(missing_ok=True)
 
 
 class TokenFile:
@@ -87,9 +132,12 @@ class TokenFile:
     Attributes:
         num_tokens: Length of the stream, at least 1.
         num_documents: Documents it is made of.
+        document_ends: (num_documents,) int64, ascending, where each ends in the stream.
+        mask: The loss mask that lies beside it; None: every token is to be learnt.
 
     Raises:
-        UserError: a file of the pair is missing, cut short, empty, no Megatron index, or not of integers.
+        UserError: a file of the pair is missing, cut short, empty, no Megatron index, or not of integers; or its mask
+            is of other documents.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int | None = None) -> None:
@@ -103,7 +151,7 @@ class TokenFile:
         self.num_documents = len(self._dataset.document_indices) - 1
         lengths = np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)
         # A document is one or several sequences; an empty one at the start ends before the first token.
-        self._document_ends = np.concatenate(([0], lengths))[self._dataset.document_indices[1:]]
+        self.document_ends = np.concatenate(([0], lengths))[self._dataset.document_indices[1:]]
 
         num_bytes, expected_bytes = self.bin_path.stat().st_size, self.num_tokens * self._dtype.itemsize
         if num_bytes != expected_bytes:
@@ -111,6 +159,18 @@ class TokenFile:
                 f"token file {self.bin_path} has {num_bytes} bytes, but its .idx describes {expected_bytes}; "
                 "the pair is damaged or mixed: tokenise again"
             )
+        self.mask: TokenFile | None = self._mask(mask_prefix(prefix))
+
+    def _mask(self, prefix: Path) -> "TokenFile | None":
+        if not (Path(f"{prefix}.idx").exists() or Path(f"{prefix}.bin").exists()):
+            return None
+        mask = TokenFile(prefix, vocab_size=2)
+        if not np.array_equal(mask.document_ends, self.document_ends):
+            raise UserError(
+                f"loss mask {mask.bin_path} has {mask.num_tokens} tokens in {mask.num_documents} documents, and "
+                f"{self.bin_path} {self.num_tokens} in {self.num_documents}; tokenise again"
+            )
+        return mask
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Copy tokens `start` .. `start + count - 1` of the stream; both ends must lie inside it.
@@ -126,7 +186,7 @@ class TokenFile:
 
     def documents(self, start: int, count: int) -> NDArray[np.int64]:
         """The number, in [0, num_documents), of the document of each of `count` tokens from `start` on."""
-        return np.searchsorted(self._document_ends, np.arange(start, start + count), side="right")
+        return np.searchsorted(self.document_ends, np.arange(start, start + count), side="right")
 
     def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
         """Count how often each id occurs: (vocab_size,) int64. UserError if an id lies outside [0, vocab_size)."""
@@ -227,7 +287,7 @@ def unigram_entropy(tokens: TokenFile, vocab_size: int) -> float:
     return -math.fsum(frequencies * np.log(frequencies))
 
 
-def _check_ids(ids: NDArray[np.int64], vocab_size: int, where: str, start: int = 0) -> None:
+def _check_ids(ids: NDArray[np.integer], vocab_size: int, where: str, start: int = 0) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise UserError(

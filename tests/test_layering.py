@@ -18,7 +18,8 @@ ORDER = [
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "norm", "feed_forward", "entropy", "load_balance",  # what it is part of
     "moe_layer", "attention", "model",
-    "tokens", "corpus", "entries", "checkpoint", "whole_model", "saver", "initial",  # what it reads and writes
+    "documents", "conversations", "encoder",  # what it reads and writes
+    "tokens", "corpus", "entries", "checkpoint", "vocabulary", "tokenization", "whole_model", "saver", "initial",
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
