@@ -1,15 +1,10 @@
-"""Token files in Megatron's `.bin/.idx` format, and the batches that training and evaluation read from them.
+"""Token files in Megatron's `.bin/.idx` format.
 
-    corpus (text) -> [token files -> batches] -> model
+    corpus (text) -> [token files] -> batches -> model
 
-A token file is one long stream: its documents, each closed by the end-of-text token, one after another. Window w of
-length S holds stream positions w*S .. w*S + S: inputs are its first S tokens, targets its last S, so every token but
-the first of the stream is a target exactly once.
-
-Shape letters:  B rows of the global batch   P ranks that share it   R = B / P rows of one rank   S sequence length
+A token file is one long stream: its documents, each closed by the end-of-text token, one after another.
 """
 
-import hashlib
 import math
 import struct
 import warnings
@@ -17,12 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ep_engine.errors import UserError
 from ep_engine.output import whole_file
@@ -31,7 +24,6 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number o
 _INDEX_MAGIC = (b"MMIDIDX\x00\x00", 1)
 _INTEGER_CODES = (1, 2, 3, 4, 5, 8)  # 6 and 7 are floats: not tokens
 _TOKENS_PER_SCAN = 1 << 20  # whole-file scans hold 8 MiB at a time
-_FEISTEL_ROUNDS = 6
 
 
 def _indexed_dataset() -> ModuleType:
@@ -198,81 +190,6 @@ class TokenFile:
         return counts
 
 
-class Batch(NamedTuple):
-    """Rows of a batch, each (R, S) int64, contiguous."""
-
-    inputs_BS: Tensor
-    targets_BS: Tensor
-    documents_BS: Tensor  # the number of the document of every input token
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        return Batch(*(tensor.to(device) for tensor in self))
-
-
-class Batches:
-    """The training stream: all windows of a token file in a new seeded order every epoch, without end.
-
-    A batch is a function of (step, seed) alone, so a run resumes from the step number. Rows run on over the end of an
-    epoch: each window comes exactly once per `num_windows` rows, whatever the batch size. The order comes from a
-    permutation computed per row, so memory does not grow with the corpus.
-
-    Args:
-        tokens: The stream.
-        sequence_length: S, at least 1.
-        batch_size: B, rows of the global batch, at least 1.
-        seed: Any int; another seed is another order.
-
-    Raises:
-        UserError: the stream has fewer windows than one batch.
-    """
-
-    def __init__(self, tokens: TokenFile, *, sequence_length: int, batch_size: int, seed: int) -> None:
-        _check_windows(tokens, sequence_length, batch_size)
-        self.num_windows = _num_windows(tokens, sequence_length)
-        self._tokens = tokens
-        self._sequence_length = sequence_length
-        self._batch_size = batch_size
-        self._seed = seed
-
-    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
-        """Return this rank's rows of global batch `step`.
-
-        Rank r holds rows r*R .. (r+1)*R - 1: the ranks' rows in rank order are the same batch for every P.
-
-        Raises:
-            UserError: `num_ranks` does not divide the batch size.
-        """
-        rows = _rows_of_rank(self._batch_size, rank, num_ranks)
-        numbers = (step * self._batch_size + row for row in rows)
-        windows = [self.window_of_row(number) for number in numbers]
-        return _read_windows(self._tokens, windows, self._sequence_length)
-
-    def window_of_row(self, row: int) -> int:
-        """Return the window, in [0, num_windows), that stands at `row` >= 0 of the endless stream of rows."""
-        epoch, position = divmod(row, self.num_windows)
-        return _shuffled(position, self.num_windows, f"{self._seed}/{epoch}")
-
-
-def heldout_batches(
-    tokens: TokenFile,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    num_batches: int,
-    rank: int = 0,
-    num_ranks: int = 1,
-) -> Iterator[Batch]:
-    """Return this rank's rows of the first `num_batches` batches of windows in stream order, as `Batches.batch` does.
-
-    Raises:
-        UserError: at the call, not at the first batch: fewer windows than asked for, or B is no multiple of P.
-    """
-    _check_windows(tokens, sequence_length, num_batches * batch_size)
-    rows = _rows_of_rank(batch_size, rank, num_ranks)
-    return (_read_windows(tokens, [i * batch_size + row for row in rows], sequence_length) for i in range(num_batches))
-
-
 def unigram_entropy(tokens: TokenFile, vocab_size: int) -> float:
     """Return the entropy of the file's own token frequencies, in nats per token.
 
@@ -316,51 +233,3 @@ def _check_index(bin_path: Path, idx_path: Path) -> None:
         raise UserError(f"token index {idx_path} is cut short: {num_bytes} bytes of {needed}; tokenise again")
     if bin_path.stat().st_size == 0:  # an empty file cannot be mapped
         raise UserError(f"token file {bin_path} is empty ({num_sequences} documents in its .idx); tokenise again")
-
-
-def _num_windows(tokens: TokenFile, sequence_length: int) -> int:
-    return (tokens.num_tokens - 1) // sequence_length
-
-
-def _check_windows(tokens: TokenFile, sequence_length: int, needed: int) -> None:
-    num_windows = _num_windows(tokens, sequence_length)
-    if num_windows < needed:
-        raise UserError(
-            f"token file {tokens.bin_path} gives {num_windows} windows of {sequence_length} tokens, "
-            f"but {needed} are asked for; give more text, or a smaller batch or sequence length"
-        )
-
-
-def _rows_of_rank(batch_size: int, rank: int, num_ranks: int) -> range:
-    assert 0 <= rank < num_ranks, f"rank {rank} of {num_ranks}"
-    if batch_size % num_ranks != 0:
-        raise UserError(
-            f"batch size ({batch_size}) must be a multiple of the number of data ranks ({num_ranks}): "
-            "each rank reads the same number of rows"
-        )
-    per_rank = batch_size // num_ranks
-    return range(rank * per_rank, (rank + 1) * per_rank)
-
-
-def _read_windows(tokens: TokenFile, windows: list[int], sequence_length: int) -> Batch:
-    rows = torch.from_numpy(np.stack([tokens.read(w * sequence_length, sequence_length + 1) for w in windows]))
-    documents = np.stack([tokens.documents(w * sequence_length, sequence_length) for w in windows])
-    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.from_numpy(documents))
-
-
-def _shuffled(position: int, num: int, key: str) -> int:
-    """Return where a permutation of range(num), chosen by `key`, sends `position`.
-
-    A Feistel network permutes the 4^h >= num numbers of 2h bits whatever its round function; following the cycle until
-    it re-enters range(num) restricts that to a permutation of range(num). Four steps on average, at most.
-    """
-    half_bits = max(1, ((num - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = position >> half_bits, position & mask
-        for round_ in range(_FEISTEL_ROUNDS):
-            digest = hashlib.blake2b(f"{key}/{round_}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest) & mask)
-        position = left << half_bits | right
-        if position < num:
-            return position

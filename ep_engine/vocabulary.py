@@ -47,7 +47,7 @@ def write_about(prefix: Path, about: Mapping[str, Any]) -> None:
 
 def check_tokenizer(tokenizer: Path, vocabulary: Mapping[str, int], checkpoint: Path) -> None:
     """UserError if texts encoded by a tokenizer are none for a checkpoint."""
-    check_range(tokenizer, vocabulary, read_model_config(checkpoint / "model.json"), checkpoint)
+    check_range(tokenizer, vocabulary, read_model_config(checkpoint / "model.json"), f"checkpoint {checkpoint} has")
     own = tokenizer_folder(checkpoint)
     theirs = read_vocabulary(own) if own else None
     if theirs is not None and theirs != vocabulary:
@@ -58,7 +58,7 @@ def check_tokenizer(tokenizer: Path, vocabulary: Mapping[str, int], checkpoint: 
         )
 
 
-def check_range(tokenizer: Path, vocabulary: Mapping[str, int], model: ModelConfig, what: Path | str) -> None:
+def check_range(tokenizer: Path, vocabulary: Mapping[str, int], model: ModelConfig, what: str) -> None:
     """UserError if a tokenizer has ids that a model has not."""
     largest = max(vocabulary.values())
     if largest >= model.vocab_size:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     "errors", "output", "run_folder", "job", "progress", "machine", "version", "deferred", "draft",  # foundations
-    "stages", "model_config", "config",
+    "stages", "model_config", "domain_tables", "config",
     "debug", "ops", "checksum", "placement", "ledger", "reference", "message", "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
@@ -19,7 +19,8 @@ ORDER = [
     "recompute", "norm", "feed_forward", "entropy", "load_balance",  # what it is part of
     "moe_layer", "attention", "model",
     "documents", "conversations", "encoder",  # what it reads and writes
-    "tokens", "corpus", "entries", "checkpoint", "vocabulary", "tokenization", "whole_model", "saver", "initial",
+    "tokens", "batches", "blend", "corpus", "entries", "checkpoint", "vocabulary", "tokenization",
+    "whole_model", "saver", "initial",
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it

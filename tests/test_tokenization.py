@@ -203,7 +203,8 @@ def test_ids_of_another_vocabulary_are_no_tokens_of_a_checkpoint(run: Command, t
     status, _, err = run(*command, tmp_path / "larger")
     assert (status, err.count("\n")) == (2, 1)
     assert err.endswith(
-        f"has ids up to 302, {model} a vocabulary of 300; use the tokenizer that the model was made for\n"
+        f"has ids up to 302, checkpoint {model} has a vocabulary of 300; use the tokenizer that the model was "
+        "made for\n"
     )
     status, _, err = run(*command, tmp_path / "other")
     assert (status, err.count("\n")) == (2, 1)
