@@ -18,8 +18,10 @@ from ep_engine import ops
 from ep_engine.dispatch import Arrival, stays_here, sum_at_home
 from ep_engine.message import Message
 from ep_engine.plan import Plan
+from ep_engine.stopwatch import timed
 
 
+@timed("combine")
 def combine(z_RD: Tensor, arrival: Arrival) -> Tensor:
     """Sum the experts' outputs of each token of this rank.
 
@@ -45,6 +47,7 @@ class _Combine(torch.autograd.Function):
         return z_RD
 
     @staticmethod
+    @timed("combine")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].contiguous()
         for plan in ctx.plans:
@@ -63,7 +66,7 @@ def _carry_home(z_RD: Tensor, plan: Plan) -> Tensor:
     everything = torch.arange(len(z_RD), dtype=torch.int32, device=z_RD.device)
     for part, out in exchange.parts:
         ops.gather_rows(z_RD, everything[part], out=message.rows(out), streaming=exchange.streaming)
-    return sum_at_home(message.rows(exchange.finish()), plan)
+    return sum_at_home(message.rows(link.finish(exchange)), plan)
 
 
 def _carry_gradients_out(grad_TD: Tensor, plan: Plan) -> Tensor:
@@ -76,4 +79,4 @@ def _carry_gradients_out(grad_TD: Tensor, plan: Plan) -> Tensor:
     exchange = link.begin(plan.send_rows, plan.recv_rows, message.num_bytes, grad_TD.device, "combine_backward")
     for part, out in exchange.parts:
         ops.gather_rows(grad_TD, plan.row_token_S[part], out=message.rows(out), streaming=exchange.streaming)
-    return message.rows(exchange.finish())
+    return message.rows(link.finish(exchange))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ep_engine import debug, ops
 from ep_engine.message import Message
 from ep_engine.plan import Hop, Plan, make_plan
+from ep_engine.stopwatch import timed
 
 
 class Arrival:
@@ -37,6 +38,7 @@ class Arrival:
         self.tables = ops.plan_arrival(row_slot_RW, plans[-1].rows_of_run, run_order, num_slots=hop.slots_per_rank)
 
 
+@timed("dispatch")
 def dispatch(
     x_TD: Tensor, weights_TK: Tensor, plan: Plan, way: tuple[Hop, ...], *, fp8: bool = False
 ) -> tuple[Tensor, Tensor, Arrival]:
@@ -78,6 +80,7 @@ class _Dispatch(torch.autograd.Function):
         return _dequantised(rows, x_TD) if fp8 else rows, weights, slots, ctx.plans
 
     @staticmethod
+    @timed("dispatch")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_rows, grad_weights = grads[0], grads[1]
         for plan in reversed(ctx.plans):
@@ -99,7 +102,7 @@ def _carry_out(x_TD: Tensor, weights_TK: Tensor, plan: Plan) -> tuple[Tensor, Te
         ops.gather_rows(x_TD, plan.row_token_S[part], out=message.rows(out), streaming=exchange.streaming)
         message.words(out, torch.int32, 0, width).copy_(plan.row_slot_SW[part])
         ops.choice_weights(weights_TK, plan.row_choice_SW[part], message.words(out, torch.float32, width, width))
-    received = exchange.finish()
+    received = plan.hop.link.finish(exchange)
     slots_RW = message.words(received, torch.int32, 0, width).contiguous()
     if debug.wanted():
         link = plan.hop.link
@@ -123,7 +126,7 @@ def _carry_gradients_home(grad_RD: Tensor, grad_RW: Tensor, plan: Plan) -> tuple
     for part, out in exchange.parts:
         ops.gather_rows(grad_RD, everything[part], out=message.rows(out), streaming=exchange.streaming)
         message.words(out, torch.float32, 0, width).copy_(grad_RW[part])
-    received = exchange.finish()
+    received = link.finish(exchange)
     grad_TD = sum_at_home(message.rows(received), plan)
     grad_SW = message.words(received, torch.float32, 0, width)
     return grad_TD, ops.choice_weights_backward(grad_SW, plan.row_choice_SW, plan.num_tokens, plan.top_k)

@@ -55,8 +55,8 @@ def evaluate(
                 sums[1] += (batch.targets_BS >= 0).sum() / sharing
     dist.all_reduce(sums, group=group)
     loss_sum, num_tokens, changed = sums.tolist()
-    share = changed / (num_tokens * moe_layers) if moe_layers else None
-    return Evaluation(loss_sum / num_tokens, round(num_tokens), share)
+    share = changed / max(num_tokens * moe_layers, 1) if moe_layers else None
+    return Evaluation(loss_sum / max(num_tokens, 1), round(num_tokens), share)
 
 
 def changed_tokens(router: RouterStatistics) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ep_engine import grouped_experts, ops, threaded_experts
 from ep_engine.dispatch import Arrival
 from ep_engine.ops import ExpertsBackward
+from ep_engine.stopwatch import timed
 from ep_engine.weight_grads import Handover, tie
 
 
@@ -43,6 +44,7 @@ class Experts(nn.Module):
         self.grouped: bool | None = None  # all experts in one product; None: on GPUs
         self.recompute = False  # gate and up are not kept but computed again
 
+    @timed("experts")
     def forward(self, rows_RD: Tensor, weights_RW: Tensor, arrival: Arrival) -> Tensor:
         """Arrived rows -> for each the weighted sum of the outputs of its experts, (R, D). Idle slots cost nothing."""
         grouped = rows_RD.is_cuda if self.grouped is None else self.grouped
@@ -86,6 +88,7 @@ class _Mixture(torch.autograd.Function):
         return ops.combine_rows(y_ND, position_RW, slots_RW, weights_RW, handover.sum_sizes)
 
     @staticmethod
+    @timed("experts")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_RD, weights_RW, gate_up_NF, w_gate_up, w_down = ctx.saved_tensors
         kept = ctx.handover
@@ -93,10 +96,11 @@ class _Mixture(torch.autograd.Function):
             gate_up_NF = ctx.products.gate_up(x_RD, kept.arrival.tables, w_gate_up, w_down)
         position_RW = kept.arrival.tables.position_RW
         weight_N = ops.choice_weights_backward(weights_RW, position_RW, len(gate_up_NF), 1).view(-1)
-        grad_x_ND, grad_weight_N, kept.weight_grads = ctx.products.backward(
+        grad_x_ND, grad_weight_N, weight_grads = ctx.products.backward(
             ExpertsBackward(grads[0], x_RD, kept.arrival.tables, w_gate_up, w_down, gate_up_NF, weight_N),
             later=kept.later,
         )
+        kept.weight_grads = timed("experts")(weight_grads)
         grad_x_RD = ops.combine_rows(grad_x_ND, position_RW, kept.arrival.row_slot_RW, None, kept.sum_sizes)
         grad_weights_RW = torch.empty_like(weights_RW)
         ops.choice_weights(grad_weight_N, position_RW, grad_weights_RW)

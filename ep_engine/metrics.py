@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ep_engine.output import whole_file
 
 
@@ -33,6 +36,8 @@ class Metrics:
             self._writer = SummaryWriter(str(self._folder), purge_step=line["step"])
         for name, value in numbers_in(line):
             self._writer.add_scalar(name, value, line["step"])
+        if "layers" in line:
+            self._writer.add_image("load", load_picture(line["layers"]), line["step"], dataformats="HW")
         self._writer.flush()
 
     def close(self) -> None:
@@ -41,12 +46,25 @@ class Metrics:
             self._writer.close()
 
 
+def load_picture(layers: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """Layers by experts: the load of each as a share of twice the mean of its layer, which is white, as is more."""
+    picture = np.zeros((len(layers), max(len(layer["load"]) for layer in layers)))
+    for row, layer in zip(picture, layers, strict=True):
+        load = np.array(layer["load"])
+        row[: len(load)] = np.minimum(load / (2 * load.mean()), 1.0)
+    return picture
+
+
 def numbers_in(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """The numbers of a line but its step, nested ones as `name/key`."""
+    """The numbers of a line but its step, nested ones as `name/key`, those of a layer as `name/layer_3/key`."""
     found: list[tuple[str, float]] = []
     for name, value in line.items():
         if isinstance(value, dict):
             found += numbers_in(value, f"{prefix}{name}/")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for of_layer in value:
+                rest = {key: number for key, number in of_layer.items() if key != "layer"}
+                found += numbers_in(rest, f"{prefix}{name}/layer_{of_layer['layer']}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and f"{prefix}{name}" != "step":
             found.append((f"{prefix}{name}", float(value)))
     return found

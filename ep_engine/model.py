@@ -15,6 +15,7 @@ from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.norm import RMSNorm
 from ep_engine.recompute import Recompute, computed_again
+from ep_engine.stopwatch import time_backward, timed
 
 Watch = Callable[[Tensor, dict[int, RouterStatistics]], Tensor]
 """Sees what the routers of a pass did, by place among the MoE layers, and the hidden states, which it returns; it may
@@ -134,6 +135,8 @@ class DecoderLayer(nn.Module):
         y_TD, router = self.moe(h_BSD.flatten(0, 1), chosen)
         return x_BSD + y_TD.view_as(x_BSD), router
 
+    @timed("attention")
     def _attend(self, x_BSD: Tensor, apart: Tensor | None) -> Tensor:
         y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), apart)
+        time_backward("attention", x_BSD, y_BSD)
         return y_BSD

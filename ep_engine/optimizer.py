@@ -13,6 +13,7 @@ from ep_engine.config import TrainSection
 from ep_engine.entries import Shard
 from ep_engine.model import Decoder
 from ep_engine.parallelize import entries_of, named_parameters
+from ep_engine.stopwatch import part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -78,7 +79,8 @@ def sum_over_ranks(loss: Tensor, stages: Sequence[Decoder], group: dist.ProcessG
     grads = [p.grad for p in own if p.grad is not None]
     squares = torch.stack([_local(grad).float().square().sum() / _copies(grad) for grad in grads]).sum()
     both = torch.stack((loss.detach().float(), squares))
-    dist.all_reduce(both, group=group)
+    with part("waiting"):
+        dist.all_reduce(both, group=group)
     total, square = both.tolist()
     return total, math.sqrt(square) if square >= 0 else math.nan
 

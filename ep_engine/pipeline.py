@@ -29,6 +29,7 @@ from ep_engine.errors import Fault
 from ep_engine.mesh import Meshes
 from ep_engine.model import Decoder, Watch
 from ep_engine.stages import Schedule, Stages
+from ep_engine.stopwatch import part, timed
 
 _SCHEDULES: dict[Schedule, Any] = {
     "gpipe": ScheduleGPipe,
@@ -91,7 +92,7 @@ class Pipeline:
         given: dict[str, Any] = {"documents_BS": documents} if self.separate_documents else {}
         if self.layout.last in self.models:
             given |= {"target": targets, "losses": losses}
-        with _plain_faults(), loss_parallel():
+        with _plain_faults(), loss_parallel(), part("waiting"):  # but for what the stages do
             self._schedule.step(*((inputs,) if 0 in self.models else ()), **given, return_outputs=False)
         self._sum_tied()
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=self.device)
@@ -149,13 +150,15 @@ class Pipeline:
                 moe.experts.weight_grads_later = name == "zbv"
         one_stage = name in ("gpipe", "1f1b")
         # The loss is divided by all tokens, so gradients are not to be divided by the parts.
-        return _SCHEDULES[name](stages[0] if one_stage else stages, num_parts, loss_fn=self.loss, scale_grads=False)
+        return _SCHEDULES[name](
+            stages[0] if one_stage else stages, num_parts, loss_fn=timed("other")(self.loss), scale_grads=False
+        )
 
     def _stage(self, number: int, model: Decoder, part_shape: tuple[int, int]) -> PipelineStage:
         tokens = torch.empty(part_shape, dtype=torch.int64, device="meta")
         hidden = torch.empty(self._hidden_shape(part_shape), dtype=self.dtype, device="meta", requires_grad=True)
         logits = hidden.new_empty((*part_shape, model.config.vocab_size), requires_grad=True)
-        return PipelineStage(
+        return _Stage(
             model,
             number,
             self.layout.last + 1,
@@ -168,6 +171,14 @@ class Pipeline:
     def _hidden_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
         rows, positions = shape
         return rows, positions // self.sequence_parts, next(iter(self.models.values())).config.hidden_size
+
+
+class _Stage(PipelineStage):
+    """A stage whose own work can be told from waiting for the others."""
+
+    forward_one_chunk = timed("other")(PipelineStage.forward_one_chunk)
+    backward_one_chunk = timed("other")(PipelineStage.backward_one_chunk)
+    backward_weight_one_chunk = timed("other")(PipelineStage.backward_weight_one_chunk)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torch import Tensor
 from ep_engine import debug, ops
 from ep_engine.errors import Fault
 from ep_engine.placement import Cut, Placement
+from ep_engine.stopwatch import timed
 from ep_engine.transport import Link
 
 
@@ -40,9 +41,17 @@ class Site:
 
     @classmethod
     def of(
-        cls, placement: Placement, layer: int, cut: Cut, rank: int, *, one_row_per_copy: bool = False, parts: int = 1
+        cls,
+        placement: Placement,
+        layer: int,
+        ep_size: int,
+        rank: int,
+        *,
+        one_row_per_copy: bool = False,
+        parts: int = 1,
     ) -> "Site":
         """The site of `layer` on `rank` of a group that cuts the placement's tree, each cut shared by `parts` ranks."""
+        cut = placement.cut(ep_size, layer)
         slots, per_rank = placement.slot_of_expert(layer), cut.slots_per_rank
         of_part = [(s // per_rank * parts + part) * per_rank + s % per_rank for s in slots for part in range(parts)]
         return cls(cut.in_parts(parts), rank, of_part, one_row_per_copy, parts)
@@ -160,6 +169,7 @@ class Plan:
     recv_rows: list[int]  # [P] rows from every rank
 
 
+@timed("dispatch")
 def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, num_runs: int = 1) -> Plan:
     """Plan one hop of this rank's tokens and tell the other ranks the counts.
 

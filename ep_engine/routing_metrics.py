@@ -40,26 +40,32 @@ class RoutingMetrics:
     ) -> None:
         self._watch, self._ledger, self._group, self._top_k = watch, ledger, group, top_k
         device, layers = watch.load_LE.device, range(watch.num_layers)
-        cut = placement.cut(ep_size)
-        slots_LE = torch.tensor([placement.slot_of_expert(layer) for layer in layers], device=device)
-        self._rank_of_expert_LE, self._ep_size = slots_LE // cut.slots_per_rank, cut.ep_size
-        homes_LE = slots_LE // placement.slots_per_device
+        self._ep_size, per_rank = ep_size, placement.devices // ep_size
+        # Where there are fewer experts than in another layer, nobody counts what is beyond.
+        homes = [placement.device_of_expert(layer) for layer in layers]
+        filled = [devices + [0] * (watch.load_LE.shape[1] - len(devices)) for devices in homes]
+        homes_LE = torch.tensor(filled, device=device)
+        self._rank_of_expert_LE = homes_LE // per_rank
         self._together_LEE = homes_LE[:, :, None] == homes_LE[:, None, :]
         self._pairs_seen_L2 = torch.zeros(watch.num_layers, 2, dtype=torch.int64, device=device)
         self._pairs_taken_LEE: Tensor | None = None  # by the last `recent`
         self._load_LE = torch.zeros_like(watch.load_LE, dtype=torch.float64)
         self._total = Ledger(ledger.tier_of_rank)
 
-    def line(self) -> dict[str, Any]:
-        """Since the last line: load of experts and ranks, pairs inside devices, bytes and devices of a token."""
-        load_LE = self._watch.load_LE.double()
-        self._watch.load_LE.zero_()
-        dist.all_reduce(load_LE, group=self._group)
+    def line(self, steps: int) -> dict[str, Any]:
+        """Of the `steps` since the last line: what every layer's router did, and bytes and devices of a token.
+
+        `layers` has a dictionary for each layer with experts: its number, `load` and `importance` of its experts
+        (tokens, and sums of probabilities), `max_violation` (largest load over the mean, minus 1), `entropy` of the
+        mean probabilities and `token_entropy`, the mean entropy of a token's, in nats, and `dropped` choices.
+        """
+        watch = self._watch
+        load_LE, importance_LE, tokens_L, entropy_L, dropped_L, *losses = watch.taken(self._group)
         self._load_LE += load_LE
         ledger = self._ledger.gathered(self._group)
         self._ledger.reset()
         self._total.add(ledger)
-        most = max_over_mean(load_LE)
+        most = max_over_mean(load_LE, watch.experts_L)
         line: dict[str, Any] = {
             "load_max_over_mean": most,
             "load_violation": most - 1,
@@ -67,8 +73,20 @@ class RoutingMetrics:
             "bytes_per_token": ledger.bytes_per_token(),
             "bytes_per_token_by_tier": ledger.bytes_by_tier(),
             "devices_per_token": ledger.rows_per_token("dedup", remote=False),
+            "balance_losses": {name: float(sum_) / steps for name, sum_ in zip(watch.losses, losses, strict=True)},
+            "layers": [
+                describe_layer(load_E[:width], importance_E[:width], *of_layer.tolist()) | {"layer": layer}
+                for layer, width, load_E, importance_E, of_layer in zip(
+                    watch.layers,
+                    watch.experts_L,
+                    load_LE,
+                    importance_LE,
+                    torch.stack((tokens_L, entropy_L, dropped_L), dim=1),
+                    strict=True,
+                )
+            ],
         }
-        if self._watch.counts_pairs:
+        if watch.counts_pairs:
             line["intra_device_fraction"] = self._inside()
         return line
 
@@ -76,7 +94,7 @@ class RoutingMetrics:
         """Of all lines so far."""
         return {
             "changed_share": changed_share,
-            "load_max_over_mean": max_over_mean(self._load_LE),
+            "load_max_over_mean": max_over_mean(self._load_LE, self._watch.experts_L),
             "device_load_max_over_mean": max_over_mean(self._of_ranks(self._load_LE)),
             "ledger": self._total.to_json(),
         }
@@ -89,7 +107,7 @@ class RoutingMetrics:
         recent_LEE = now_LEE - (0 if self._pairs_taken_LEE is None else self._pairs_taken_LEE)
         self._pairs_taken_LEE = now_LEE
         dist.all_reduce(recent_LEE, group=self._group)
-        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about)
+        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about, self._watch.experts_L)
 
     def _inside(self) -> float:
         """Share of pairs inside a device, as the mean over layers."""
@@ -109,6 +127,24 @@ class RoutingMetrics:
         return load_LP.scatter_add_(1, self._rank_of_expert_LE, load_LE)
 
 
-def max_over_mean(load: Tensor) -> float:
-    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance."""
-    return float((load.max(dim=1).values / load.mean(dim=1)).mean())
+def max_over_mean(load: Tensor, widths: list[int] | None = None) -> float:
+    """Mean over layers of the largest load relative to the mean load; 1 is perfect balance.
+
+    `widths` are the numbers of experts of the layers; None: every row is full.
+    """
+    rows = load if widths is None else [row[:width] for row, width in zip(load, widths, strict=True)]
+    return float(torch.stack([row.max() / row.mean() for row in rows]).mean())
+
+
+def describe_layer(
+    load_E: Tensor, importance_E: Tensor, tokens: float, entropy: float, dropped: float
+) -> dict[str, Any]:
+    """What a line says of one layer, from sums over tokens."""
+    return {
+        "load": load_E.long().tolist(),
+        "importance": [round(value, 3) for value in importance_E.tolist()],
+        "max_violation": float(load_E.max() / load_E.mean()) - 1,
+        "entropy": float(torch.special.entr(importance_E / importance_E.sum()).sum()),
+        "token_entropy": entropy / tokens,
+        "dropped": round(dropped),
+    }

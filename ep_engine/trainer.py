@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from ep_engine import checkpoint, debug, job, run_folder
+from ep_engine import checkpoint, debug, job, run_folder, stopwatch
 from ep_engine.agreement import check_agreement
 from ep_engine.batches import Batch, heldout_batches, rows_of_rank
 from ep_engine.blend import reference_losses, updated_weights
@@ -168,6 +168,7 @@ class Trainer:
         self.step = self.first_step = self._looked_at = self._load()
         self.routing, self.placement_watch = self._watch_routing()
         self.metrics = Metrics(self.config.output.folder) if self.rank == 0 else None
+        self.stopwatch: stopwatch.Stopwatch | None = None  # of the last step, if it was timed
         self.speeds: list[float] = []
         self.saver = Saver(
             self.config.output.folder,
@@ -198,7 +199,7 @@ class Trainer:
         self._tell_cut()
         while not self._is_over():
             with self._peers_watched(f"step {self.step + 1}"):
-                window.losses.append(self.one_step())
+                window.losses.append(self._timed_step())
                 self.saver.poll(self.group)
             if self.config.data.heldout_every and self.step % self.config.data.heldout_every == 0:
                 before = time.perf_counter()
@@ -248,6 +249,13 @@ class Trainer:
                 raise
             raise lost_peer(error, self.group, "world", where) from error
 
+    def _timed_step(self) -> float:
+        """One step; of the last before a line of metrics it is known where its time went."""
+        if (self.step + 1) % self.config.train.log_every and self.step + 1 < self.config.train.steps:
+            return self.one_step()
+        with stopwatch.running(self.device) as self.stopwatch:
+            return self.one_step()
+
     def one_step(self) -> float:
         """One step of the optimiser; returns the loss of the batch."""
         train = self.config.train
@@ -267,11 +275,12 @@ class Trainer:
                 "train.learning_rate",
                 everywhere=True,
             )
-        clip_gradients(self.stages, norm, train.clip_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with stopwatch.part("optimiser"):
+            clip_gradients(self.stages, norm, train.clip_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(train, self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.step += 1
         self.last_norm = norm
         for name in self.data.advance(self.config.data.batch_size):
@@ -334,13 +343,18 @@ class Trainer:
             "learning_rate": learning_rate(self.config.train, self.step - 1),
             "tokens_per_second": len(window.losses) * self.tokens_per_step / seconds,
         }
+        line["tokens_per_second_per_rank"] = line["tokens_per_second"] / self.num_ranks
         self.speeds.append(line["tokens_per_second"])
         if len(self.data.names) > 1:
             line["domains"] = self.data.by_domain()
         if self.heldout:
             line["heldout"] = self.heldout
+        if self.stopwatch is not None:
+            groups = self.meshes.dispatch, self.meshes.stage.get_group(), self.group
+            line["seconds_of_step"] = stopwatch.split(self.stopwatch, self.device, *groups)
+            self.stopwatch = None
         if self.routing is not None:
-            line |= self.routing.line()
+            line |= self.routing.line(len(window.losses))
         found = self.placement_watch.take() if self.placement_watch is not None else None
         return line | ({"placement": found} if found is not None else {})
 

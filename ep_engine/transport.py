@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
+from ep_engine.stopwatch import EXCHANGE, timed
 
 
 def lost_peer(error: RuntimeError, group: dist.ProcessGroup, axis: str, where: str) -> Fault:
@@ -188,10 +189,12 @@ class Link:
     layer: int
     tiers: list[str] | None = None  # [P] of the ranks of the transport's group; None: those of the ledger
 
+    @timed(EXCHANGE)
     def exchange_counts(self, counts_PN: Tensor) -> Tensor:
         """Counts from every rank, (P, N) int32."""
         return self.transport.exchange_counts(counts_PN, f"counts of layer {self.layer}")
 
+    @timed(EXCHANGE)
     def begin(
         self, send_rows: list[int], recv_rows: list[int], num_bytes: int, device: torch.device, direction: str
     ) -> Exchange:
@@ -199,6 +202,11 @@ class Link:
         self.record(send_rows, num_bytes, direction)
         where = f"{direction} of layer {self.layer}"
         return self.transport.begin(send_rows, recv_rows, num_bytes, device, where)
+
+    @timed(EXCHANGE)
+    def finish(self, exchange: Exchange) -> Tensor:
+        """Wait for all that comes: (R, B) uint8."""
+        return exchange.finish()
 
     def record(self, send_rows: list[int], num_bytes: int, direction: str) -> None:
         """Write messages into the ledger."""

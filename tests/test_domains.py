@@ -153,6 +153,16 @@ def test_the_place_in_the_data_survives_another_number_of_ranks(kind: str, folde
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
+def test_a_run_whose_weights_move_goes_on_with_the_same_bits(folder: Path) -> None:
+    whole, parts = dynamic(folder, "bits-whole"), dynamic(folder, "bits", train={"steps": 6, "save_every": 4})
+    train_here(whole)
+    train_here(parts)
+    shutil.rmtree(parts.output.folder / "checkpoints" / "step_000006")
+    train_here(dynamic(folder, "bits", output={"resume": True}))
+    assert losses(parts) == losses(whole)
+    assert place_in_data(parts) == place_in_data(whole)
+
+
 def test_a_resumed_run_with_a_larger_batch_reads_on(folder: Path) -> None:
     first = two_domains(folder, "batch", train={"steps": 3})
     train_here(first)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     "errors", "output", "run_folder", "job", "progress", "machine", "version", "deferred", "draft",  # foundations
     "stages", "model_config", "domain_tables", "config",
-    "debug", "ops", "checksum", "placement", "ledger", "reference", "message", "transport",
+    "debug", "ops", "checksum", "placement", "ledger", "reference", "message", "stopwatch",
+    "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
     "selection", "weight_grads", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",

@@ -1,5 +1,6 @@
 """What a run says of its routing while it trains, and of the placement in use; and how experts move to a better one."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -7,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoint_tools.source import open_source
 from ep_engine.collaboration import Profile, drift, read_profile
 from ep_engine.config import RunConfig
-from ep_engine.metrics import Metrics, numbers_in
+from ep_engine.metrics import Metrics, load_picture, numbers_in
 from ep_engine.place import asked_of, place
 from ep_engine.placement import Placement, read_placement
 from ep_engine.placement_watch import ALARM, PlacementWatch, compare, stored_profile
@@ -96,11 +98,22 @@ def test_tensorboard_shows_the_numbers_of_the_lines(folder: Path) -> None:
         first, *rest = name.split("/")
         values = [line[first][rest[0]] if rest else line[first] for line in lines]
         assert [event.value for event in events] == pytest.approx(values, rel=1e-6)
+    last = lines[-1]["layers"]
+    assert shown.Scalars("layers/layer_1/token_entropy")[-1].value == pytest.approx(last[1]["token_entropy"], rel=1e-6)
+    picture = np.asarray(Image.open(io.BytesIO(shown.Images("load")[-1].encoded_image_string)).convert("L"))
+    assert np.abs(picture / 255 - load_picture(last)).max() < 1 / 128
 
 
 def test_numbers_in_a_line() -> None:
     line = {"step": 3, "a": 1, "b": {"c": 2.5, "step": 4, "d": {"e": 0}}, "losses": [1.0], "text": "x", "yes": True}
     assert numbers_in(line) == [("a", 1.0), ("b/c", 2.5), ("b/step", 4.0), ("b/d/e", 0.0)]
+    layers = [{"layer": 2, "load": [3, 4], "entropy": 0.5}, {"layer": 7, "load": [1], "entropy": 0.25}]
+    assert numbers_in({"layers": layers}) == [("layers/layer_2/entropy", 0.5), ("layers/layer_7/entropy", 0.25)]
+
+
+def test_a_picture_of_loads_shows_twice_the_mean_white() -> None:
+    layers = [{"load": [3, 1]}, {"load": [6, 0, 0]}]
+    assert load_picture(layers).tolist() == [[0.75, 0.25, 0.0], [1.0, 0.0, 0.0]]
 
 
 def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
