@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,22 @@ def test_any_number_of_processes_writes_the_same(
     assert seen[0] == seen[1]
     for suffix in ("bin", "idx", "malformed"):
         assert (tmp_path / f"by1.{suffix}").read_bytes() == (tmp_path / f"by2.{suffix}").read_bytes()
+
+
+def test_memory_does_not_grow_with_the_corpus(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_BYTES_PER_BLOCK", 1 << 15)
+    tokenizing = Tokenizing(Reading(tokenizer=tokenizer))
+    line = json.dumps({"text": " ".join(WORDS) * 20}) + "\n"
+    peaks = []
+    for count in (100, 100, 1000):  # the first for what is made once
+        (tmp_path / "a.jsonl").write_text(line * count)
+        tracemalloc.start()
+        tokenizing.write([tmp_path / "a.jsonl"], tmp_path / "t")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Megatron's index is written at the end: a list of lengths, and arrays made of it, for 900 more documents
+    assert peaks[2] < peaks[1] + 900 * 200
+    assert peaks[2] < len(line) * 1000 / 2
 
 
 def test_texts_cannot_end_themselves_and_begin_where_asked(run: Command, tokenizer: Path, tmp_path: Path) -> None:
