@@ -54,7 +54,7 @@ class Arm:
             for layer in layers
         ]
         with torch.no_grad():
-            trainer.pipeline.forward(trainer.batches.batch(0, trainer.dp_rank, trainer.dp_size))
+            trainer.pipeline.forward(trainer._part(0))
         for hook in hooks:
             hook.remove()
         return cls(trainer, choices)

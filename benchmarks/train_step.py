@@ -27,6 +27,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from benchmarks.qwen2_moe import engine_views, model_config
 from benchmarks.ranks import summary
 from benchmarks.timing import print_table, write_results
+from ep_engine.batches import Batch
 from ep_engine.config import TrainSection
 from ep_engine.entries import Shard
 from ep_engine.entropy import entropy_sum
@@ -37,7 +38,6 @@ from ep_engine.parallelize import build, entries_of
 from ep_engine.pipeline import Pipeline
 from ep_engine.placement import Placement
 from ep_engine.stages import Stages
-from ep_engine.tokens import Batch
 
 CPU = torch.device("cpu")
 CONFIG = {

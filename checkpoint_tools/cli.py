@@ -122,6 +122,9 @@ def split_command(
     gate_init: Annotated[
         Literal["random", "neurons"], typer.Option(help="router's weights, or the mean direction of an expert's rows")
     ] = "random",
+    gate_noise: Annotated[
+        bool, typer.Option("--gate-noise", help="give the router a noise matrix, for balance.noise of a run")
+    ] = False,
     score_scale: Annotated[
         float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")
     ] = None,
@@ -168,7 +171,9 @@ def split_command(
     check_output_folder(out, overwrite=overwrite)
     texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
     partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
-    options = split.SplitOptions(num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init)
+    options = split.SplitOptions(
+        num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init, gate_noise
+    )
     _run(split.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
 
 

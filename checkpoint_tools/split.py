@@ -49,6 +49,7 @@ class SplitOptions:
     partition: PartitionOptions = field(default_factory=PartitionOptions)
     residual: int = 0  # experts that every token goes through, of the neurons that most clusters want, or as files say
     gate_init: Literal["random", "neurons"] = "random"  # neurons: the mean direction of an expert's rows
+    gate_noise: bool = False  # with a noise matrix, for noisy top-k
 
 
 def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = False) -> ModelConfig:
@@ -120,6 +121,7 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
             top_k=options.top_k,
             expert_hidden_size=width // e,
             gate=options.gate,  # type: ignore[arg-type]  # pydantic checks it
+            gate_noise=options.gate_noise,
             score_scale=options.num_experts / max(options.top_k, 1)
             if options.score_scale is None
             else options.score_scale,

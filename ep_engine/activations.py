@@ -117,7 +117,7 @@ class Part:
         sums = model.num_heads // self.tp * _FLOAT
         tables = 4 * data.sequence_length * model.head_dim * self.itemsize if self.itemsize < _FLOAT else 0
         window = model.sliding_window or data.sequence_length
-        masks = self.rows if data.separate_documents else int(window < data.sequence_length)
+        masks = self.rows if data.keeps_documents_apart else int(window < data.sequence_length)
         mask = masks * data.sequence_length**2 * self.itemsize
         normed = 0
         if model.qk_norm is not None:  # queries and keys before and after, and a root for each that is normed

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from ep_engine.batches import Batch
 from ep_engine.checksum import checksum
 from ep_engine.entries import Shard
 from ep_engine.errors import Fault
 from ep_engine.mesh import Meshes
 from ep_engine.model import Decoder
-from ep_engine.tokens import Batch
 
 _PROBES = 64  # made-up tokens
 

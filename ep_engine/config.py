@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from ep_engine.domain_tables import DynamicRule, NamedLosses, NamedWeights
 from ep_engine.errors import UserError
 from ep_engine.model_config import first_sentence
 from ep_engine.stages import Schedule
+
+Packing = Literal["stream", "documents", "padded"]
 
 
 class _Section(BaseModel):
@@ -62,10 +65,22 @@ class ModelSection(_Section):
 class DataSection(_Section):
     """What is read: token files in Megatron's format, named without suffix."""
 
-    train: Path
-    """token file to train on"""
-    heldout: Path | None = None
-    """token file to evaluate on"""
+    train: Path | dict[str, Path]
+    """token file to train on; or one for every domain, { name = "file", ... }"""
+    weights: NamedWeights | dict[str, FiniteFloat] | None = None
+    """share of rows from every domain; or by name: uniform, llama, sheared_llama (those of LLaMA-MoE's scripts)"""
+    when_exhausted: Literal["wrap", "stop"] = "wrap"
+    """once all rows of a domain were read: wrap: again, in another order; stop: the run ends, evaluates and saves"""
+    packing: Packing = "stream"
+    """a row is a window of the stream; or whole documents that do not see each other; or one; the rest is padding"""
+    heldout: Path | dict[str, Path] | None = None
+    """token file to evaluate on, or one for every domain"""
+    heldout_every: int | None = Field(None, ge=1)
+    """steps between evaluations; there is always one at the end"""
+    dynamic_weights: DynamicRule | None = None
+    """weights follow the held-out losses of domains after every evaluation: as LLM-Shearing's code, or its paper"""
+    reference_losses: NamedLosses | dict[str, FiniteFloat] | None = None
+    """of domains, for dynamic_weights; or by name: llama2_7b, sheared_llama_1.3b, sheared_llama_2.7b"""
     tokenizer: Path | None = None
     """Hugging Face tokenizer folder, copied into checkpoints"""
     sequence_length: int = Field(ge=1)
@@ -77,11 +92,46 @@ class DataSection(_Section):
     separate_documents: bool = False
     """a token sees only its own document, not the others in its row; every token but the first is still a target"""
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether a token sees only its own document."""
+        return self.separate_documents or self.packing != "stream"
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.heldout is None and "heldout_batches" in differing(self):
             raise ValueError("data.heldout_batches has no effect without data.heldout; set that too, or leave it out")
+        if self.heldout is None and self.heldout_every is not None:
+            raise ValueError("data.heldout_every has no effect without data.heldout; set that too, or leave it out")
+        if self.packing != "stream" and self.separate_documents:
+            raise ValueError(
+                f"data.separate_documents has no effect with data.packing {self.packing}, which keeps them apart; "
+                "leave it out"
+            )
+        self._check_domains()
         return self
+
+    def _check_domains(self) -> None:
+        if not isinstance(self.train, dict):
+            beside = [n for n in ("weights", "dynamic_weights", "reference_losses") if getattr(self, n) is not None]
+            if beside:
+                raise ValueError(
+                    f"data.{beside[0]} has no effect on one token file; make data.train a table of domains"
+                )
+        elif not self.train:
+            raise ValueError("data.train has 0 domains; name a token file for each")
+        if (self.dynamic_weights is None) != (self.reference_losses is None):
+            raise ValueError("data.dynamic_weights and data.reference_losses go together; give both, or neither")
+        if self.dynamic_weights is None or not isinstance(self.train, dict):
+            return
+        if self.heldout_every is None:
+            raise ValueError("data.dynamic_weights needs data.heldout_every, the steps between updates; set it")
+        names = set(self.heldout) if isinstance(self.heldout, dict) else set()
+        if names != set(self.train):
+            raise ValueError(
+                f"data.dynamic_weights needs a data.heldout of every domain ({', '.join(self.train)}), got "
+                f"{', '.join(sorted(names)) or 'one for all'}; name them"
+            )
 
 
 class TrainSection(_Section):
@@ -317,9 +367,11 @@ def to_toml(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def _toml(value: bool | int | float | str | Path | list[int]) -> str:
+def _toml(value: bool | int | float | str | Path | list[int] | dict[str, Any]) -> str:
     if isinstance(value, list):
         return json.dumps(value)
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_toml(key)} = {_toml(one)}" for key, one in value.items()) + " }"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):

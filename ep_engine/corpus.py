@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,9 @@ def read_source(path: Path) -> str | None:
         return None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, advance: Advance = _ignore) -> int:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, folder: Path, advance: Advance = _ignore, *, overwrite: bool = False
+) -> int:
     """Train a byte-level BPE and write it as a Hugging Face tokenizer directory; equal texts give equal files.
 
     Every byte is a token, so any text encodes, and decodes to itself. The end-of-text token has id 0.
@@ -101,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, advance
     Args:
         texts: Read once. The standard library (11 MB) takes 2 s on 2 cores: no need to train on a part of it.
         vocab_size: At least 257: the bytes and the end-of-text token.
-        folder: New or empty.
+        folder: New or empty, unless `overwrite` is set.
 
     Returns:
         The number of tokens, `vocab_size` unless the texts ran out of pairs to merge.
@@ -122,7 +125,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path, advance
     )
     bpe.train_from_iterator(_counted(texts, advance), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
-    with whole_folder(folder) as beside:
+    with whole_folder(folder, overwrite=overwrite) as beside:
         fast.save_pretrained(beside)
         _name_class_for_transformers_4(beside / "tokenizer_config.json")
     return bpe.get_vocab_size()
@@ -175,11 +178,13 @@ def encode_files(
     Raises:
         UserError: `tokenizer_folder` is no fast Hugging Face tokenizer with an end-of-text token, or no file is text.
     """
-    bpe, end_of_text = _load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    bpe: Tokenizer = tokenizer.backend_tokenizer
+    bpe.encode_special_tokens = True
     skipped: list[Path] = []
     num_tokens, num_documents = write_token_file(
         prefix,
-        _encoded(_documents(files, skipped, advance), bpe, end_of_text, max_tokens),
+        _encoded(_documents(files, skipped, advance), bpe, tokenizer.eos_token_id, max_tokens),
         vocab_size=max(bpe.get_vocab().values()) + 1,
     )
     return Encoded(num_tokens=num_tokens, num_documents=num_documents, skipped=tuple(skipped))
@@ -223,20 +228,23 @@ def _encoded(
             return
 
 
-def _load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
-    """Return the Rust tokenizer of a Hugging Face directory and the id of its end-of-text token."""
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a Hugging Face directory.
+
+    Raises:
+        UserError: `folder` is no fast Hugging Face tokenizer with an end-of-text token.
+    """
     # A folder that is not there would be looked up on the hub.
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"tokenizer folder {folder} holds no tokenizer.json; give a fast Hugging Face tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        bpe: Tokenizer = tokenizer.backend_tokenizer
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception
         raise UserError(f"tokenizer folder {folder} cannot be loaded ({error}); write it again") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer folder {folder} names no eos_token; documents need an end: add one to its config")
-    bpe.encode_special_tokens = True
-    return bpe, tokenizer.eos_token_id
+    fast: PreTrainedTokenizerFast = tokenizer  # who has a tokenizer.json has no other
+    return fast
 
 
 def _counted(texts: Iterable[str], advance: Advance) -> Iterator[str]:

@@ -13,8 +13,10 @@ from torch.distributed.tensor import DTensor
 _ROWS = 512  # tokens at a time, so that what is in between stays in the caches
 
 
-def entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+def entropy_sum(logits_BSV: Tensor, targets_BS: Tensor, *, masked: bool = False) -> Tensor:
     """Sum of the cross entropy over tokens, in float32; the logits are used up.
+
+    `masked`: targets below 0 are left out. It is told and not looked for, which would cost a pass over the logits.
 
     Logits that are split along the vocabulary, and their backward, must be within torch's `loss_parallel`, which knows
     no nesting; those are kept.
@@ -23,7 +25,7 @@ def entropy_sum(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     if isinstance(logits_TV, DTensor):
         loss = F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
         return loss.full_tensor() if isinstance(loss, DTensor) else loss
-    of_all: Tensor = _EntropySum.apply(logits_TV, targets_T)  # type: ignore[no-untyped-call]
+    of_all: Tensor = _EntropySum.apply(logits_TV, targets_T, masked)  # type: ignore[no-untyped-call]
     return of_all
 
 
@@ -31,19 +33,22 @@ class _EntropySum(torch.autograd.Function):
     """Forward leaves the gradient, softmax minus one at the target, where the logits were."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, masked: bool) -> Tensor:
         total = torch.zeros((), device=logits_TV.device)
         for rows_RV, targets_R in zip(logits_TV.split(_ROWS), targets_T.split(_ROWS), strict=True):
+            left_out_R1, targets_R1 = (targets_R < 0).unsqueeze(1), targets_R.clamp(min=0).unsqueeze(1)
             log_RV = torch.log_softmax(rows_RV.float(), dim=1)
-            total -= log_RV.gather(1, targets_R.unsqueeze(1)).sum()
+            total -= log_RV.gather(1, targets_R1).masked_fill_(left_out_R1, 0).sum()
             grad_RV = log_RV.exp_()
-            grad_RV.scatter_add_(1, targets_R.unsqueeze(1), -torch.ones_like(grad_RV[:, :1]))
+            grad_RV.scatter_add_(1, targets_R1, -torch.ones_like(grad_RV[:, :1]))
+            if masked:
+                grad_RV.masked_fill_(left_out_R1, 0)
             rows_RV.copy_(grad_RV)
         ctx.grad_TV = logits_TV
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         assert ctx.grad_TV is not None, "its gradient can be taken once"
         grad_TV, ctx.grad_TV = ctx.grad_TV, None
-        return grad_TV.mul_(grads[0]), None
+        return grad_TV.mul_(grads[0]), None, None

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from ep_engine.batches import Batch
 from ep_engine.entropy import entropy_sum
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.pipeline import Pipeline
-from ep_engine.tokens import Batch
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def evaluate(
             logits_BSV = pipeline.forward(batch)
             if logits_BSV is not None:
                 sums[0] += entropy_sum(logits_BSV, batch.targets_BS) / sharing
-                sums[1] += batch.targets_BS.numel() / sharing
+                sums[1] += (batch.targets_BS >= 0).sum() / sharing
     dist.all_reduce(sums, group=group)
     loss_sum, num_tokens, changed = sums.tolist()
-    share = changed / (num_tokens * moe_layers) if moe_layers else None
-    return Evaluation(loss_sum / num_tokens, round(num_tokens), share)
+    share = changed / max(num_tokens * moe_layers, 1) if moe_layers else None
+    return Evaluation(loss_sum / max(num_tokens, 1), round(num_tokens), share)
 
 
 def changed_tokens(router: RouterStatistics) -> Tensor:

@@ -5,6 +5,8 @@ and one row per token and rank ("dedup"). Counts that lie on a device stay there
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +94,15 @@ class Ledger:
         self.sent.update(other.sent)
         self.rows.update(other.rows)
         self.tokens.update(other.tokens)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Within the block nothing is counted for good."""
+        before = Ledger(self.tier_of_rank)
+        before.add(self)
+        yield
+        self.reset()
+        self.add(before)
 
     def bytes_per_token(self) -> dict[str, float]:
         """Bytes that left a rank, per token and over all layers, by direction and in total."""

@@ -84,7 +84,7 @@ class MoELayer(nn.Module):
         again = bool(chosen)
         routing = self.router(x_TD, numbers_T, chosen[0] if chosen else None)
         ids_TK, weights_TK = self.site.in_parts(routing.served, routing.weights_TK)
-        plan = make_plan(ids_TK, self.way[0])
+        plan = make_plan(ids_TK, self.way[0], may_lack=routing.kept_TK is not None)
         rows_RD, weights_RW, arrival = dispatch(x_TD, weights_TK, plan, self.way, fp8=self.fp8)
         if not again:
             record(ids_TK, self.site, arrival.plans)

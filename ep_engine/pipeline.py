@@ -24,12 +24,12 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
+from ep_engine.batches import Batch
 from ep_engine.errors import Fault
 from ep_engine.mesh import Meshes
 from ep_engine.model import Decoder, Watch
 from ep_engine.stages import Schedule, Stages
 from ep_engine.stopwatch import part, timed
-from ep_engine.tokens import Batch
 
 _SCHEDULES: dict[Schedule, Any] = {
     "gpipe": ScheduleGPipe,

@@ -171,7 +171,9 @@ class Plan:
 
 
 @timed("dispatch")
-def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, num_runs: int = 1) -> Plan:
+def make_plan(
+    ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, num_runs: int = 1, *, may_lack: bool = False
+) -> Plan:
     """Plan one hop of this rank's tokens and tell the other ranks the counts.
 
     Reads the counts on the host, which waits for the device; not so where there is no other rank, or with fixed rows.
@@ -186,6 +188,7 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
         hop: where they lie.
         run_of_token_T: int64 in [0, num_runs), ascending: tokens that came from one place. None: all from this rank.
         num_runs: of tokens, the same on all ranks.
+        may_lack: whether tokens of this rank may have fewer choices than others.
     """
     num_tokens, top_k = ids_TK.shape
     link, size = hop.link, hop.link.transport.size
@@ -204,7 +207,7 @@ def make_plan(ids_TK: Tensor, hop: Hop, run_of_token_T: Tensor | None = None, nu
         if size > 1 and (top_k not in hop._agreed or debug.wanted()):  # once, because the host waits for it
             _exchange(hop, top_k, sent.rows_per_rank_P.unsqueeze(1))
             hop._agreed.add(top_k)
-        sent, send_rows = _with_fixed_rows(sent, hop)
+        sent, send_rows = _with_fixed_rows(sent, hop, may_lack)
         recv_rows, rows_of_run = send_rows, torch.full_like(sent.rows_per_rank_P, hop.fixed_rows or 0)
         rows_of_run[-1] = send_rows[link.transport.rank]
     else:
@@ -241,13 +244,13 @@ def _exchange(hop: Hop, top_k: int, counts_PN: Tensor) -> tuple[Tensor, list[int
     return arriving_PN, send_rows, recv_rows
 
 
-def _with_fixed_rows(sent: ops.SendTables, hop: Hop) -> tuple[ops.SendTables, list[int]]:
+def _with_fixed_rows(sent: ops.SendTables, hop: Hop, may_lack: bool) -> tuple[ops.SendTables, list[int]]:
     """The same rows, those of a rank beginning where they would if every rank got as many; and how many each gets."""
     size, own = hop.link.transport.size, hop.link.transport.rank
     num_tokens, columns = sent.visit_row_TC.shape
     own_rows = num_tokens * (columns if hop.one_row_per_copy else 1)
     if size == 1:
-        return sent, [own_rows]
+        return _with_gaps(sent, own_rows, hop.one_row_per_copy) if may_lack else sent, [own_rows]
     assert hop.fixed_rows is not None, "the caller has asked"
     away_P = sent.rows_per_rank_P.clone()
     away_P[own] = 0
@@ -272,6 +275,27 @@ def _with_fixed_rows(sent: ops.SendTables, hop: Hop) -> tuple[ops.SendTables, li
         visit_row_TC=torch.where(there, moved_TC, -1).int(),
     )
     return fixed, [own_rows if p == own else hop.fixed_rows for p in range(size)]
+
+
+def _with_gaps(sent: ops.SendTables, total: int, one_row_per_copy: bool) -> ops.SendTables:
+    """The rows of the only rank: as many as if no token lacked a choice, and a token's row in the token's place."""
+    visit_row_TC = sent.visit_row_TC
+    there = visit_row_TC >= 0
+    place_TC = visit_row_TC.long()
+    if not one_row_per_copy:
+        place_TC = torch.arange(total, device=place_TC.device)[:, None]
+    target = torch.where(there, place_TC, total).reshape(-1)
+    source = visit_row_TC.clamp(min=0).reshape(-1)
+
+    def moved(table: Tensor) -> Tensor:
+        return table.new_full((total + 1, *table.shape[1:]), -1).index_copy_(0, target, table[source])[:total]
+
+    return sent._replace(
+        row_token_S=moved(sent.row_token_S),
+        row_slot_SW=moved(sent.row_slot_SW),
+        row_choice_SW=moved(sent.row_choice_SW),
+        visit_row_TC=torch.where(there, place_TC, -1).int(),
+    )
 
 
 def _check_room(away_P: Tensor, limit: int, link: Link) -> None:

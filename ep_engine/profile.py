@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ep_engine import checkpoint, ops
+from ep_engine.batches import Batches
 from ep_engine.collaboration import Profile, agreement
 from ep_engine.corpus import encode_files, text_files
 from ep_engine.errors import UserError
@@ -29,7 +30,7 @@ from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.model_config import ModelConfig, read_model_config
 from ep_engine.parallelize import build, entries_of
 from ep_engine.placement import Placement
-from ep_engine.tokens import Batches, TokenFile
+from ep_engine.tokens import TokenFile
 
 _ROWS = 16  # windows of a rank in one forward pass
 

@@ -1,8 +1,9 @@
 """Progress on stderr, so that stdout holds only the report; nothing is shown where stderr is no terminal."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -41,9 +42,20 @@ def byte_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def _shown(what: str, total: int, show: bool, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+def token_bar(what: str, total_bytes: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield `advance(bytes_done, tokens_done)`, with bytes that are read and tokens per second."""
+    began = time.perf_counter()
+    columns = (DownloadColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    with _shown(what, total_bytes, True, *columns, speed="") as advance:
+        yield lambda num_bytes, num_tokens: advance(
+            num_bytes, speed=f"{num_tokens / (time.perf_counter() - began):,.0f} tokens/s"
+        )
+
+
+@contextmanager
+def _shown(what: str, total: int, show: bool, *columns: ProgressColumn, **fields: Any) -> Iterator[Callable[..., None]]:
     console = Console(stderr=True)
     shown = (TextColumn("{task.description}"), BarColumn(), *columns)
     with Progress(*shown, console=console, transient=True, disable=not (show and console.is_terminal)) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda num_done: progress.update(task, completed=num_done)
+        task = progress.add_task(what, total=total, **fields)
+        yield lambda num_done, **new: progress.update(task, completed=num_done, **new)

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ep_engine.batches import check_rows, heldout_batches
+from ep_engine.blend import Blend, domain_weights, reference_losses
 from ep_engine.checkpoint import newest, read_manifest, tokenizer_folder
 from ep_engine.config import RunConfig, differing
 from ep_engine.constrain import routed
@@ -19,8 +21,10 @@ from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
 from ep_engine.run_folder import check_unused
 from ep_engine.stages import Stages
-from ep_engine.tokens import Batches, TokenFile, heldout_batches
+from ep_engine.tokens import TokenFile
+from ep_engine.vocabulary import check_range, check_token_file, read_vocabulary
 
+ONE = "all"  # domain of a run without domains
 _INPUTS = (
     ("model", "checkpoint"),
     ("data", "train"),
@@ -41,8 +45,8 @@ class Run:
     placement: Placement | None  # of a MoE model
     checkpoint: Path | None  # whose weights to load; None: new weights
     resume: Path | None  # checkpoint with moments and a step to go on from
-    train: TokenFile
-    heldout: TokenFile | None
+    train: dict[str, TokenFile]  # of every domain; of one file without domains under the name of `ONE`
+    heldout: dict[str, TokenFile]  # as well; may be empty
 
     def settings(self) -> dict[str, Any]:
         """What all ranks must have in common, by the names that a user knows."""
@@ -56,8 +60,30 @@ class Run:
             "the checkpoint to go on from": str(self.checkpoint),
             "the model (crc32)": zlib.crc32(self.model.model_dump_json().encode()),
             "the placement (crc32)": zlib.crc32(repr(layers).encode()),
-            "the number of tokens in data.train": self.train.num_tokens,
+            **{f"the number of tokens in data.train of {name}": file.num_tokens for name, file in self.train.items()},
         }
+
+    def blend(self) -> Blend:
+        """The rows of the run from where it goes on.
+
+        Raises:
+            UserError: the checkpoint to go on from had other data, or weights are none.
+        """
+        data = self.config.data
+        blend = Blend(
+            self.train,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            weights=domain_weights(data.weights, tuple(self.train)),
+            seed=self.config.train.seed,
+        )
+        if self.resume is not None:
+            kept = read_manifest(self.resume)["training"]
+            if "data" in kept:
+                blend.restore(kept["data"], weights=data.dynamic_weights is not None)
+            else:  # of an engine that read one file from the start
+                blend.advance(kept["step"] * data.batch_size)
+        return blend
 
 
 @dataclass(frozen=True)
@@ -99,10 +125,10 @@ def resolve(
     checkpoint = resume or config.model.checkpoint
     layout = resolve_layout(config, world_size, checkpoint, ranks_per_node=ranks_per_node)
     model = layout.model
-    train = TokenFile(config.data.train, vocab_size=model.vocab_size)
-    heldout = TokenFile(config.data.heldout, vocab_size=model.vocab_size) if config.data.heldout else None
-    _check_data(config, train, heldout)
-    return Run(config, model, layout.stages, layout.placement, checkpoint, resume, train, heldout)
+    train, heldout = (_token_files(paths, model) for paths in (config.data.train, config.data.heldout))
+    run = Run(config, model, layout.stages, layout.placement, checkpoint, resume, train, heldout)
+    _check_data(run)
+    return run
 
 
 def resolve_layout(
@@ -151,11 +177,12 @@ def _check_apart(config: RunConfig) -> None:
     """The run folder is emptied before the first step: nothing that is read may lie in it."""
     folder = config.output.folder.resolve()
     for section, name in _INPUTS:
-        path = getattr(getattr(config, section), name)
-        if path is not None and folder in (path.resolve(), *path.resolve().parents):
-            raise UserError(
-                f"output.folder {config.output.folder} would replace {section}.{name} {path}; choose another folder"
-            )
+        given = getattr(getattr(config, section), name)
+        for path in given.values() if isinstance(given, dict) else [] if given is None else [given]:
+            if folder in (path.resolve(), *path.resolve().parents):
+                raise UserError(
+                    f"output.folder {config.output.folder} would replace {section}.{name} {path}; choose another folder"
+                )
 
 
 def _last_checkpoint(config: RunConfig) -> Path:
@@ -294,14 +321,43 @@ def _check_transport(config: RunConfig, placement: Placement, ranks_per_node: in
         )
 
 
-def _check_data(config: RunConfig, train: TokenFile, heldout: TokenFile | None) -> None:
-    data = config.data
-    # A first batch of each is read, so that text of another vocabulary shows before the run folder is touched.
+def _token_files(paths: Path | dict[str, Path] | None, model: ModelConfig) -> dict[str, TokenFile]:
+    named = {} if paths is None else {ONE: paths} if isinstance(paths, Path) else paths
+    return {name: TokenFile(path, vocab_size=model.vocab_size) for name, path in named.items()}
+
+
+def _check_data(run: Run) -> None:
+    data = run.config.data
+    # A first row of each is read, so that text of another vocabulary shows before the run folder is touched.
+    blend = run.blend()
+    if len(blend.names) == 1:
+        check_rows(blend.rows[0], data.sequence_length, data.batch_size)
+    blend.read([(domain, 0) for domain in range(len(blend.names))])
+    blend.read(blend.ahead(data.batch_size))
+    if data.reference_losses is not None:
+        reference_losses(data.reference_losses, blend.names)
     sizes = {"sequence_length": data.sequence_length, "batch_size": data.batch_size}
-    Batches(train, **sizes, seed=config.train.seed).batch(0)
-    if heldout is not None:
-        next(heldout_batches(heldout, **sizes, num_batches=data.heldout_batches))
+    for file in run.heldout.values():
+        next(heldout_batches(file, **sizes, num_batches=data.heldout_batches, packing=data.packing))
+    for file in (*run.train.values(), *run.heldout.values()):
+        if file.mask is not None and not file.mask.count_ids(2)[1]:
+            raise UserError(
+                f"loss mask {file.mask.bin_path} leaves none of {file.num_tokens} tokens to learn; tokenise again with "
+                "a template that keeps responses"
+            )
     if data.tokenizer is not None and tokenizer_folder(data.tokenizer) is None:
         raise UserError(
             f"data.tokenizer {data.tokenizer} holds no tokenizer files; give a Hugging Face tokenizer folder"
         )
+    _check_vocabulary(run)
+
+
+def _check_vocabulary(run: Run) -> None:
+    """Ids of another tokenizer may be in range, and mean something else."""
+    folder = tokenizer_folder(run.config.data.tokenizer or run.checkpoint)
+    vocabulary = read_vocabulary(folder) if folder else None
+    if folder is None or vocabulary is None:
+        return
+    check_range(folder, vocabulary, run.model, "the model has")
+    for file in (*run.train.values(), *run.heldout.values()):
+        check_token_file(file.bin_path.with_suffix(""), vocabulary, folder)

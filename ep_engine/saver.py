@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,8 +45,8 @@ class Saver:
     _running: Future[None] | None = None
     _has_waited: bool = False
 
-    def save(self, step: int, entries: Mapping[str, Shard]) -> None:
-        """Write a checkpoint; in the background, return once `entries` are copied."""
+    def save(self, step: int, entries: Mapping[str, Shard], data: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint; in the background, return once `entries` are copied. `data`: where the text is."""
         if self._running is not None and not self._running.done() and not self._has_waited:
             self._has_waited = True
             if dist.get_rank(self.group) == 0:
@@ -53,12 +54,12 @@ class Saver:
         self.wait()
         with self._training_waits():
             if not self.background:
-                self._write(step, entries)
+                self._write(step, entries, data)
                 return
             self._copy(entries)
             self._running = Future()
             # A daemon: an interpreter that has to end does not wait for a peer that hangs.
-            Thread(target=self._resolve, args=(self._running, step), daemon=True, name="save").start()
+            Thread(target=self._resolve, args=(self._running, step, data), daemon=True, name="save").start()
 
     def poll(self, group: dist.ProcessGroup) -> None:
         """Raise what went wrong in the background, on all ranks after the same step; `group` is for training."""
@@ -87,17 +88,17 @@ class Saver:
             with suppress(Exception):  # why the run ends is what the user has to know
                 self._running.result(self.timeout_s)
 
-    def _resolve(self, running: Future[None], step: int) -> None:
+    def _resolve(self, running: Future[None], step: int, data: Mapping[str, Any] | None) -> None:
         try:
-            self._write(step, self.copies)
+            self._write(step, self.copies, data)
         except BaseException as error:
             running.set_exception(error)
         else:
             running.set_result(None)
 
-    def _write(self, step: int, entries: Mapping[str, Shard]) -> None:
+    def _write(self, step: int, entries: Mapping[str, Shard], data: Mapping[str, Any] | None) -> None:
         path = self.run_folder / "checkpoints" / f"step_{step:06}"
-        training = {"step": step}
+        training = {"step": step, "data": data}
         checkpoint.save(
             path, self.model, entries, training=training, source=self.source, group=self.group, overwrite=True
         )

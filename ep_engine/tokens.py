@@ -1,27 +1,21 @@
-"""Token files in Megatron's `.bin/.idx` format, and the batches that training and evaluation read from them.
+"""Token files in Megatron's `.bin/.idx` format.
 
-    corpus (text) -> [token files -> batches] -> model
+    corpus (text) -> [token files] -> batches -> model
 
-A token file is one long stream: its documents, each closed by the end-of-text token, one after another. Window w of
-length S holds stream positions w*S .. w*S + S: inputs are its first S tokens, targets its last S, so every token but
-the first of the stream is a target exactly once.
-
-Shape letters:  B rows of the global batch   P ranks that share it   R = B / P rows of one rank   S sequence length
+A token file is one long stream: its documents, each closed by the end-of-text token, one after another.
 """
 
-import hashlib
 import math
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ep_engine.errors import UserError
 from ep_engine.output import whole_file
@@ -30,7 +24,6 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number o
 _INDEX_MAGIC = (b"MMIDIDX\x00\x00", 1)
 _INTEGER_CODES = (1, 2, 3, 4, 5, 8)  # 6 and 7 are floats: not tokens
 _TOKENS_PER_SCAN = 1 << 20  # whole-file scans hold 8 MiB at a time
-_FEISTEL_ROUNDS = 6
 
 
 def _indexed_dataset() -> ModuleType:
@@ -42,12 +35,12 @@ def _indexed_dataset() -> ModuleType:
     return module
 
 
-def write_token_file(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab_size: int) -> tuple[int, int]:
+def write_token_file(prefix: Path, documents: Iterable[NDArray[np.integer]], vocab_size: int) -> tuple[int, int]:
     """Write `prefix`.bin and `prefix`.idx, replacing an older pair; both appear whole or not at all.
 
     Args:
         prefix: Path without suffix.
-        documents: Each (num_tokens,) int64, ids in [0, vocab_size), end-of-text included. Read once, one at a time.
+        documents: Each (num_tokens,) integers, ids in [0, vocab_size), end-of-text included. Read once, one at a time.
         vocab_size: Below 65500 the file holds uint16, else int32 (Megatron's own rule).
 
     Returns:
@@ -57,24 +50,68 @@ def write_token_file(prefix: Path, documents: Iterable[NDArray[np.int64]], vocab
         UserError: the documents hold no token, or one has an id outside [0, vocab_size).
         Fault: the disk is full.
     """
+    with _pair(prefix, vocab_size, (mask_prefix(prefix),)) as add:
+        for document in documents:
+            _check_ids(document, vocab_size, f"document {len(add.lengths)} for {prefix}.bin")
+            add(document)
+    return sum(add.lengths), len(add.lengths)
+
+
+def write_masked_token_file(
+    prefix: Path, documents: Iterable[tuple[NDArray[np.integer], NDArray[np.uint8]]], vocab_size: int
+) -> tuple[int, int]:
+    """The same, and beside it a pair of bytes: 1 for a token that is to be learnt, 0 for one that is only read.
+
+    The mask is a token file of its own, with the same documents, so Megatron's reader reads it too. Its names are of
+    `mask_prefix`.
+    """
+    # What is closed first appears first: tokens never appear without their mask.
+    with _pair(prefix, vocab_size) as add, _pair(mask_prefix(prefix), None) as add_mask:
+        for document, mask in documents:
+            assert len(document) == len(mask), f"{len(document)} tokens, {len(mask)} in their mask"
+            _check_ids(document, vocab_size, f"document {len(add.lengths)} for {prefix}.bin")
+            add(document)
+            add_mask(mask)
+    return sum(add.lengths), len(add.lengths)
+
+
+def mask_prefix(prefix: Path) -> Path:
+    """Name, without suffix, of the loss mask of a token file."""
+    return prefix.with_name(f"{prefix.name}_loss_mask")
+
+
+class _Adding:
+    """Adds documents to a file."""
+
+    def __init__(self, builder: Any) -> None:
+        self._builder = builder
+        self.lengths: list[int] = builder.sequence_lengths
+
+    def __call__(self, document: NDArray[np.integer]) -> None:
+        self._builder.add_document(document, [len(document)])
+
+
+@contextmanager
+def _pair(prefix: Path, vocab_size: int | None, outdated: Sequence[Path] = ()) -> Iterator[_Adding]:
+    """A pair that is being written; None: of bytes. Pairs that go with the old one are deleted with it."""
     megatron = _indexed_dataset()
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    dtype = np.uint8 if vocab_size is None else megatron.DType.optimal_dtype(vocab_size)
     with whole_file(idx_path) as idx, whole_file(bin_path) as bin_:
-        builder = megatron.IndexedDatasetBuilder(str(bin_), dtype=megatron.DType.optimal_dtype(vocab_size))
+        builder = megatron.IndexedDatasetBuilder(str(bin_), dtype=dtype)
         try:
-            for document in documents:
-                _check_ids(document, vocab_size, f"document {len(builder.sequence_lengths)} for {bin_path}")
-                builder.add_document(document, [len(document)])
+            yield _Adding(builder)
         finally:
             builder.data_file.close()
-        num_tokens, num_documents = sum(builder.sequence_lengths), len(builder.sequence_lengths)
-        if num_tokens == 0:
+        if sum(builder.sequence_lengths) == 0:
             raise UserError(f"token file {bin_path} would hold 0 tokens; give at least one readable text")
         builder.finalize(str(idx))
         # The new .bin takes its place first: with the old .idx gone, a stop between the two renames leaves a missing
         # file, which is refused, and never a pair that does not belong together.
         idx_path.unlink(missing_ok=True)
-    return num_tokens, num_documents
+        for old in outdated:
+            Path(f"{old}.idx").unlink(missing_ok=True)
+            Path(f"{old}.bin").unlink(missing_ok=True)
 
 
 class TokenFile:
@@ -87,9 +124,12 @@ class TokenFile:
     Attributes:
         num_tokens: Length of the stream, at least 1.
         num_documents: Documents it is made of.
+        document_ends: (num_documents,) int64, ascending, where each ends in the stream.
+        mask: The loss mask that lies beside it; None: every token is to be learnt.
 
     Raises:
-        UserError: a file of the pair is missing, cut short, empty, no Megatron index, or not of integers.
+        UserError: a file of the pair is missing, cut short, empty, no Megatron index, or not of integers; or its mask
+            is of other documents.
     """
 
     def __init__(self, prefix: Path, *, vocab_size: int | None = None) -> None:
@@ -103,7 +143,7 @@ class TokenFile:
         self.num_documents = len(self._dataset.document_indices) - 1
         lengths = np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)
         # A document is one or several sequences; an empty one at the start ends before the first token.
-        self._document_ends = np.concatenate(([0], lengths))[self._dataset.document_indices[1:]]
+        self.document_ends = np.concatenate(([0], lengths))[self._dataset.document_indices[1:]]
 
         num_bytes, expected_bytes = self.bin_path.stat().st_size, self.num_tokens * self._dtype.itemsize
         if num_bytes != expected_bytes:
@@ -111,6 +151,18 @@ class TokenFile:
                 f"token file {self.bin_path} has {num_bytes} bytes, but its .idx describes {expected_bytes}; "
                 "the pair is damaged or mixed: tokenise again"
             )
+        self.mask: TokenFile | None = self._mask(mask_prefix(prefix))
+
+    def _mask(self, prefix: Path) -> "TokenFile | None":
+        if not (Path(f"{prefix}.idx").exists() or Path(f"{prefix}.bin").exists()):
+            return None
+        mask = TokenFile(prefix, vocab_size=2)
+        if not np.array_equal(mask.document_ends, self.document_ends):
+            raise UserError(
+                f"loss mask {mask.bin_path} has {mask.num_tokens} tokens in {mask.num_documents} documents, and "
+                f"{self.bin_path} {self.num_tokens} in {self.num_documents}; tokenise again"
+            )
+        return mask
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Copy tokens `start` .. `start + count - 1` of the stream; both ends must lie inside it.
@@ -126,7 +178,7 @@ class TokenFile:
 
     def documents(self, start: int, count: int) -> NDArray[np.int64]:
         """The number, in [0, num_documents), of the document of each of `count` tokens from `start` on."""
-        return np.searchsorted(self._document_ends, np.arange(start, start + count), side="right")
+        return np.searchsorted(self.document_ends, np.arange(start, start + count), side="right")
 
     def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
         """Count how often each id occurs: (vocab_size,) int64. UserError if an id lies outside [0, vocab_size)."""
@@ -136,81 +188,6 @@ class TokenFile:
             _check_ids(ids, vocab_size, f"token file {self.bin_path}", start)
             counts += np.bincount(ids, minlength=vocab_size)
         return counts
-
-
-class Batch(NamedTuple):
-    """Rows of a batch, each (R, S) int64, contiguous."""
-
-    inputs_BS: Tensor
-    targets_BS: Tensor
-    documents_BS: Tensor  # the number of the document of every input token
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        return Batch(*(tensor.to(device) for tensor in self))
-
-
-class Batches:
-    """The training stream: all windows of a token file in a new seeded order every epoch, without end.
-
-    A batch is a function of (step, seed) alone, so a run resumes from the step number. Rows run on over the end of an
-    epoch: each window comes exactly once per `num_windows` rows, whatever the batch size. The order comes from a
-    permutation computed per row, so memory does not grow with the corpus.
-
-    Args:
-        tokens: The stream.
-        sequence_length: S, at least 1.
-        batch_size: B, rows of the global batch, at least 1.
-        seed: Any int; another seed is another order.
-
-    Raises:
-        UserError: the stream has fewer windows than one batch.
-    """
-
-    def __init__(self, tokens: TokenFile, *, sequence_length: int, batch_size: int, seed: int) -> None:
-        _check_windows(tokens, sequence_length, batch_size)
-        self.num_windows = _num_windows(tokens, sequence_length)
-        self._tokens = tokens
-        self._sequence_length = sequence_length
-        self._batch_size = batch_size
-        self._seed = seed
-
-    def batch(self, step: int, rank: int = 0, num_ranks: int = 1) -> Batch:
-        """Return this rank's rows of global batch `step`.
-
-        Rank r holds rows r*R .. (r+1)*R - 1: the ranks' rows in rank order are the same batch for every P.
-
-        Raises:
-            UserError: `num_ranks` does not divide the batch size.
-        """
-        rows = _rows_of_rank(self._batch_size, rank, num_ranks)
-        numbers = (step * self._batch_size + row for row in rows)
-        windows = [self.window_of_row(number) for number in numbers]
-        return _read_windows(self._tokens, windows, self._sequence_length)
-
-    def window_of_row(self, row: int) -> int:
-        """Return the window, in [0, num_windows), that stands at `row` >= 0 of the endless stream of rows."""
-        epoch, position = divmod(row, self.num_windows)
-        return _shuffled(position, self.num_windows, f"{self._seed}/{epoch}")
-
-
-def heldout_batches(
-    tokens: TokenFile,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    num_batches: int,
-    rank: int = 0,
-    num_ranks: int = 1,
-) -> Iterator[Batch]:
-    """Return this rank's rows of the first `num_batches` batches of windows in stream order, as `Batches.batch` does.
-
-    Raises:
-        UserError: at the call, not at the first batch: fewer windows than asked for, or B is no multiple of P.
-    """
-    _check_windows(tokens, sequence_length, num_batches * batch_size)
-    rows = _rows_of_rank(batch_size, rank, num_ranks)
-    return (_read_windows(tokens, [i * batch_size + row for row in rows], sequence_length) for i in range(num_batches))
 
 
 def unigram_entropy(tokens: TokenFile, vocab_size: int) -> float:
@@ -227,7 +204,7 @@ def unigram_entropy(tokens: TokenFile, vocab_size: int) -> float:
     return -math.fsum(frequencies * np.log(frequencies))
 
 
-def _check_ids(ids: NDArray[np.int64], vocab_size: int, where: str, start: int = 0) -> None:
+def _check_ids(ids: NDArray[np.integer], vocab_size: int, where: str, start: int = 0) -> None:
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         at = int(np.argmax((ids < 0) | (ids >= vocab_size)))
         raise UserError(
@@ -256,51 +233,3 @@ def _check_index(bin_path: Path, idx_path: Path) -> None:
         raise UserError(f"token index {idx_path} is cut short: {num_bytes} bytes of {needed}; tokenise again")
     if bin_path.stat().st_size == 0:  # an empty file cannot be mapped
         raise UserError(f"token file {bin_path} is empty ({num_sequences} documents in its .idx); tokenise again")
-
-
-def _num_windows(tokens: TokenFile, sequence_length: int) -> int:
-    return (tokens.num_tokens - 1) // sequence_length
-
-
-def _check_windows(tokens: TokenFile, sequence_length: int, needed: int) -> None:
-    num_windows = _num_windows(tokens, sequence_length)
-    if num_windows < needed:
-        raise UserError(
-            f"token file {tokens.bin_path} gives {num_windows} windows of {sequence_length} tokens, "
-            f"but {needed} are asked for; give more text, or a smaller batch or sequence length"
-        )
-
-
-def _rows_of_rank(batch_size: int, rank: int, num_ranks: int) -> range:
-    assert 0 <= rank < num_ranks, f"rank {rank} of {num_ranks}"
-    if batch_size % num_ranks != 0:
-        raise UserError(
-            f"batch size ({batch_size}) must be a multiple of the number of data ranks ({num_ranks}): "
-            "each rank reads the same number of rows"
-        )
-    per_rank = batch_size // num_ranks
-    return range(rank * per_rank, (rank + 1) * per_rank)
-
-
-def _read_windows(tokens: TokenFile, windows: list[int], sequence_length: int) -> Batch:
-    rows = torch.from_numpy(np.stack([tokens.read(w * sequence_length, sequence_length + 1) for w in windows]))
-    documents = np.stack([tokens.documents(w * sequence_length, sequence_length) for w in windows])
-    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.from_numpy(documents))
-
-
-def _shuffled(position: int, num: int, key: str) -> int:
-    """Return where a permutation of range(num), chosen by `key`, sends `position`.
-
-    A Feistel network permutes the 4^h >= num numbers of 2h bits whatever its round function; following the cycle until
-    it re-enters range(num) restricts that to a permutation of range(num). Four steps on average, at most.
-    """
-    half_bits = max(1, ((num - 1).bit_length() + 1) // 2)
-    mask = (1 << half_bits) - 1
-    while True:
-        left, right = position >> half_bits, position & mask
-        for round_ in range(_FEISTEL_ROUNDS):
-            digest = hashlib.blake2b(f"{key}/{round_}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest) & mask)
-        position = left << half_bits | right
-        if position < num:
-            return position

@@ -13,23 +13,28 @@ A resumed run writes run.from-STEP.toml beside run.toml, and drops the metrics o
 """
 
 import json
+import logging
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ep_engine import checkpoint, debug, job, run_folder, stopwatch
 from ep_engine.agreement import check_agreement
 from ep_engine.balancing import balance, move_biases, needs_numbers
+from ep_engine.batches import PADDING, Batch, heldout_batches, rows_of_rank
+from ep_engine.blend import reference_losses, updated_weights
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.entropy import entropy_sum
 from ep_engine.errors import Fault, UserError
@@ -53,7 +58,6 @@ from ep_engine.placement_watch import PlacementWatch, stored_profile
 from ep_engine.resolve import Run
 from ep_engine.routing_metrics import RoutingMetrics
 from ep_engine.saver import Saver
-from ep_engine.tokens import Batch, Batches, heldout_batches
 from ep_engine.transport import lost_peer
 from ep_engine.watch import RouterWatch
 
@@ -61,6 +65,7 @@ from ep_engine.watch import RouterWatch
 _BACKENDS = re.compile(r"gloo|nccl|ProcessGroup|Connection (closed|reset)|Timed out waiting", re.IGNORECASE)
 
 
+_log = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -122,6 +127,9 @@ class Trainer:
         data, train = self.config.data, self.config.train
         rows = data.batch_size // train.micro_batches  # of a part of a batch
         self.tokens_per_step = data.batch_size * data.sequence_length
+        self.data, self.targets = run.blend(), self.tokens_per_step
+        self.heldout: dict[str, Any] = {}  # of the last evaluation
+        self._told_dry = False
         dtype: torch.dtype = getattr(torch, train.dtype)
         self.stages, self.ledger = build(
             run.model,
@@ -135,7 +143,9 @@ class Trainer:
             stages=run.stages,
         )
         together = meshes.stage.get_group()
-        losses = balance(self.stages, self.config.balance, seed=train.seed, has_padding=False, stage=together)
+        padded = data.packing != "stream"
+        losses = balance(self.stages, self.config.balance, seed=train.seed, has_padding=padded, stage=together)
+        self.numbered = padded or needs_numbers(self.config.balance)
         self.watch = RouterWatch(
             run.model,
             device,
@@ -158,16 +168,15 @@ class Trainer:
             part_shape=(rows // self.dp_size, data.sequence_length),
             num_parts=train.micro_batches,
             dtype=dtype,
-            separate_documents=data.separate_documents,
-            # Sums divided by the tokens of all ranks: the gradients of all ranks then only have to be added.
-            loss=lambda logits, targets: entropy_sum(logits, targets) / self.tokens_per_step,
+            separate_documents=data.keeps_documents_apart,
+            # Sums divided by the targets of all ranks: the gradients of all ranks then only have to be added.
+            loss=lambda logits, targets: entropy_sum(logits, targets, masked=self.data.masked) / self.targets,
         )
         self.optimizer = make_optimizer(self.stages, train)
         self.step = self.first_step = self._looked_at = self._load()
         self.routing, self.placement_watch = self._watch_routing()
         self.metrics = Metrics(self.config.output.folder) if self.rank == 0 else None
         self.stopwatch: stopwatch.Stopwatch | None = None  # of the last step, if it was timed
-        self.batches = Batches(run.train, sequence_length=data.sequence_length, batch_size=rows, seed=train.seed)
         self.speeds: list[float] = []
         self.saver = Saver(
             self.config.output.folder,
@@ -199,11 +208,17 @@ class Trainer:
         """All steps that are left, the last evaluation and the summary."""
         folder, train = self.config.output.folder, self.config.train
         window = _Window()
-        while self.step < train.steps:
+        self._tell_cut()
+        while not self._is_over():
             with self._peers_watched(f"step {self.step + 1}"):
                 window.losses.append(self._timed_step())
                 self.saver.poll(self.group)
-            saving = self.step == train.steps or (train.save_every is not None and self.step % train.save_every == 0)
+            if self.config.data.heldout_every and self.step % self.config.data.heldout_every == 0:
+                before = time.perf_counter()
+                with self._peers_watched(f"the evaluation at step {self.step}"):
+                    self._evaluate_midway()
+                window.started += time.perf_counter() - before
+            saving = self._is_over() or (train.save_every is not None and self.step % train.save_every == 0)
             if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
                 with self._peers_watched(f"the metrics of step {self.step}"):
                     if debug.wanted():
@@ -259,9 +274,10 @@ class Trainer:
         tighten_steps = self.config.routing.tighten_steps
         self._tighten(self.step / tighten_steps if tighten_steps else 1.0)
         self.watch.begin_step()
-        parts = range(train.micro_batches)
-        numbers = [self._numbers(i) for i in parts] if needs_numbers(self.config.balance) else None
-        share = self.pipeline.train([self._part(i) for i in parts], numbers)
+        parts = [self._part(i) for i in range(train.micro_batches)]
+        self.targets = self._count_targets(parts)
+        numbers = [self._numbers(i, part) for i, part in enumerate(parts)] if self.numbered else None
+        share = self.pipeline.train(parts, numbers)
         # Ranks of a tp group have the same loss.
         total, norm = sum_over_ranks(share / self.tp_size, self.stages, self.group)
         if not (math.isfinite(total) and math.isfinite(norm)):
@@ -284,7 +300,39 @@ class Trainer:
                 move_biases(self.stages, self.watch.step_load_LE, rate, stage)
         self.step += 1
         self.last_norm = norm
+        for name in self.data.advance(self.config.data.batch_size):
+            if self.rank == 0:
+                _log.warning(
+                    "step %d: all rows of domain %s were read; they come again in another order", self.step, name
+                )
         return total
+
+    def _is_over(self) -> bool:
+        """Whether all steps are done, or a domain has run dry that is not to be read again."""
+        data = self.config.data
+        if self.step >= self.config.train.steps:
+            return True
+        dry = self.data.runs_dry(data.batch_size) if data.when_exhausted == "stop" else None
+        if dry is not None and self.rank == 0 and not self._told_dry:
+            _log.warning(
+                "domain %s has run dry after step %d of %d; the run ends", dry, self.step, self.config.train.steps
+            )
+        self._told_dry = dry is not None
+        return dry is not None
+
+    def _tell_cut(self) -> None:
+        for name, count in self.data.cut_documents().items():
+            if self.rank == 0:
+                length = self.config.data.sequence_length
+                _log.warning("%d documents of domain %s are longer than %d tokens and cut there", count, name, length)
+
+    def _count_targets(self, parts: Sequence[Batch]) -> int:
+        """Tokens of the batch, on all ranks, that are to be learnt; at least 1."""
+        if not self.data.masked:
+            return self.tokens_per_step
+        count = torch.stack([(part.targets_BS >= 0).sum() for part in parts]).sum()
+        dist.all_reduce(count, group=self.meshes.dense["dp"].get_group())
+        return max(int(count), 1)
 
     def _tighten(self, done: float) -> None:
         for stage in self.stages:
@@ -293,19 +341,22 @@ class Trainer:
 
     def _part(self, part: int) -> Batch:
         """This rank's rows of a part of the next batch."""
-        number = self.step * self.config.train.micro_batches + part
+        rows = self.data.ahead(self.config.data.batch_size)
+        of_part = len(rows) // self.config.train.micro_batches
+        mine = rows_of_rank(of_part, self.dp_rank, self.dp_size)
         try:
-            return self.batches.batch(number, self.dp_rank, self.dp_size).to(self.device)
+            return self.data.read([rows[part * of_part + i] for i in mine]).to(self.device)
         except UserError as error:  # text that only this rank has read: not said before the start, nor by all
             raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
 
-    def _numbers(self, part: int) -> Tensor:
-        """(B, S) int64: the numbers in the run of this rank's tokens of a part of the next batch."""
+    def _numbers(self, part: int, batch: Batch) -> Tensor:
+        """(B, S) int64: the numbers in the run of this rank's tokens of a part of the next batch, -1 of padding."""
         data, parts = self.config.data, self.config.train.micro_batches
-        rows = data.batch_size // parts // self.dp_size
+        rows = len(batch.inputs_BS)
         first = (self.step * parts + part) * (data.batch_size // parts) + self.dp_rank * rows
         tokens = torch.arange(rows * data.sequence_length, device=self.device)
-        return (first * data.sequence_length + tokens).view(rows, -1)
+        numbers = (first * data.sequence_length + tokens).view(rows, -1)
+        return numbers.masked_fill(batch.documents_BS == PADDING, -1)
 
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
@@ -320,6 +371,10 @@ class Trainer:
         }
         line["tokens_per_second_per_rank"] = line["tokens_per_second"] / self.num_ranks
         self.speeds.append(line["tokens_per_second"])
+        if len(self.data.names) > 1:
+            line["domains"] = self.data.by_domain()
+        if self.heldout:
+            line["heldout"] = self.heldout
         if self.stopwatch is not None:
             groups = self.meshes.dispatch, self.meshes.stage.get_group(), self.group
             line["seconds_of_step"] = stopwatch.split(self.stopwatch, self.device, *groups)
@@ -341,34 +396,59 @@ class Trainer:
             "tokens_per_second_spread": [min(speeds), max(speeds)] if speeds else None,
             "heldout_loss": None,
         }
-        evaluation = self._evaluate()
-        if evaluation is not None:
-            summary |= {"heldout_loss": evaluation.loss, "heldout_tokens": evaluation.num_tokens}
+        found = self._evaluate()
+        changed = None
+        if found:
+            total = sum(one.num_tokens for one in found.values())
+            loss = sum(one.loss * one.num_tokens for one in found.values()) / total
+            summary |= {"heldout_loss": loss, "heldout_tokens": total}
+            if len(found) > 1:
+                summary["heldout_losses"] = {name: one.loss for name, one in found.items()}
+            shares = [one.changed_share for one in found.values() if one.changed_share is not None]
+            changed = statistics.fmean(shares) if shares else None
         if self.routing is not None and self.speeds:
-            summary |= self.routing.summary(evaluation.changed_share if evaluation else None)
-        found = self.placement_watch.take(wait=True) if self.placement_watch is not None else None
-        return summary | ({"placement": found} if found is not None else {})
+            summary |= self.routing.summary(changed)
+        placed = self.placement_watch.take(wait=True) if self.placement_watch is not None else None
+        return summary | ({"placement": placed} if placed is not None else {})
 
-    def _evaluate(self) -> Evaluation | None:
-        if self.run.heldout is None:
-            return None
+    def _evaluate(self) -> dict[str, Evaluation]:
+        """Of every domain."""
         self._tighten(1.0)  # the rule that is in the checkpoint
         data = self.config.data
-        batches = heldout_batches(
-            self.run.heldout,
-            sequence_length=data.sequence_length,
-            batch_size=data.batch_size,
-            num_batches=data.heldout_batches,
-            rank=self.dp_rank,
-            num_ranks=self.dp_size,
-        )
-        moe_layers = len(self.run.model.moe_layers())
-        return evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
+        found = {}
+        for name, file in self.run.heldout.items():
+            batches = heldout_batches(
+                file,
+                sequence_length=data.sequence_length,
+                batch_size=data.batch_size,
+                num_batches=data.heldout_batches,
+                rank=self.dp_rank,
+                num_ranks=self.dp_size,
+                packing=data.packing,
+            )
+            moe_layers = len(self.run.model.moe_layers())
+            found[name] = evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
+        return found
+
+    def _evaluate_midway(self) -> None:
+        """Losses of the domains for the next line of metrics, and for their weights, if those follow."""
+        with self.ledger.kept():
+            found = self._evaluate()
+        for stage in self.stages:  # what stands whole for a forward pass would be saved as it is
+            for module in stage.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+        self.heldout = {"step": self.step, "loss": {name: one.loss for name, one in found.items()}}
+        data = self.config.data
+        if data.dynamic_weights is not None and data.reference_losses is not None:
+            losses = np.array([found[name].loss for name in self.data.names])
+            aims = reference_losses(data.reference_losses, self.data.names)
+            self.data.reweigh(updated_weights(data.dynamic_weights, self.data.weights_D, losses, aims))
 
     def _save(self) -> None:
         moments = moment_entries(self.stages, self.optimizer, experts=self.experts)
         entries = entries_of(self.stages, experts=self.experts) | moments
-        self.saver.save(self.step, entries)
+        self.saver.save(self.step, entries, self.data.state())
 
     def _watch_routing(self) -> tuple[RoutingMetrics | None, PlacementWatch | None]:
         """What the routers do, on every rank; and whether their placement is still good, on the first."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from ep_engine.moe_layer import MoELayer
 from ep_engine.noise import normal
 from ep_engine.resolve import resolve
 from ep_engine.router import Noise, Router, Routing
+from ep_engine.tokens import write_token_file
 from ep_engine.watch import RouterWatch
 from ep_engine.whole_model import write_model
 from tests.distributed import run_ranks
@@ -490,3 +492,24 @@ def test_noise_needs_its_matrix_and_a_dense_model_has_no_experts(folder: Path) -
         resolve(run_of(folder, "refused", {"noise": True}, **quiet), 1)
     with pytest.raises(UserError, match=r"\[balance\] needs a model with experts, this one is dense; split it first"):
         resolve(small_run(folder, "refused", balance={"switch": 0.1}), 1)
+
+
+def test_padding_of_rows_is_told_from_tokens(tmp_path: Path) -> None:
+    """Documents of 3 to 12 tokens in rows of 16: of what fills rows up, nothing is counted, on one rank or two."""
+    lengths = [3, 12, 5, 7, 9, 4, 11, 6] * 12
+    write_token_file(tmp_path / "train", [np.arange(n) % 60 for n in lengths], NEW_MODEL["vocab_size"])
+    noisy_model(tmp_path / "noisy")
+    data = {"train": str(tmp_path / "train"), "heldout": None, "heldout_batches": 16, "packing": "padded"}
+    sections = {"data": data, "train": {"steps": 2, "log_every": 1}}
+    config = run_of(tmp_path, "one", {**ALL, "capacity_factor": 1.2}, **sections)
+    train_here(config)
+    two = run_of(tmp_path, "two", {**ALL, "capacity_factor": 1.2}, **sections)
+    run_ranks(_train, two, world_size=2)
+    read = run_of(tmp_path, "read", {}, **sections)
+    blend = resolve(read, 1).blend()
+    tokens = sum(int((blend.read([row]).documents_BS >= 0).sum()) for row in blend.ahead(8))
+    assert tokens < 8 * 16
+    for one in (config, two):
+        line = json.loads((one.output.folder / "metrics.jsonl").read_text().splitlines()[0])
+        assert [sum(layer["load"]) for layer in line["layers"]] == [2 * tokens] * 2
+    assert losses(two) == pytest.approx(losses(config), rel=1e-5)

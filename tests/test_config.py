@@ -17,8 +17,9 @@ KEYS = [
     "model.checkpoint", "model.vocab_size", "model.hidden_size", "model.num_layers", "model.num_heads",
     "model.num_kv_heads", "model.intermediate_size", "model.max_position_embeddings", "model.rope_theta",
     "model.tie_embeddings",
-    "data.train", "data.heldout", "data.tokenizer", "data.sequence_length", "data.batch_size", "data.heldout_batches",
-    "data.separate_documents",
+    "data.train", "data.weights", "data.when_exhausted", "data.packing", "data.heldout", "data.heldout_every",
+    "data.dynamic_weights", "data.reference_losses", "data.tokenizer", "data.sequence_length", "data.batch_size",
+    "data.heldout_batches", "data.separate_documents",
     "train.steps", "train.learning_rate", "train.min_learning_rate", "train.warmup_steps", "train.weight_decay",
     "train.beta1", "train.beta2", "train.clip_grad_norm", "train.seed", "train.dtype", "train.micro_batches",
     "train.recompute", "train.log_every", "train.save_every",
@@ -64,7 +65,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 70
+    assert len(KEYS) == 76
     assert len(KEYS) <= 100
 
 

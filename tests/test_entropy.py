@@ -26,3 +26,15 @@ def test_the_gradient_lies_where_the_logits_were() -> None:
     loss = entropy_sum(used_up, torch.zeros(1, 600, dtype=torch.int64))
     (grad,) = torch.autograd.grad(loss, used_up)
     assert grad.data_ptr() == used_up.data_ptr()
+
+
+@pytest.mark.parametrize("rows", [0, 700])
+def test_masked_targets_have_neither_loss_nor_gradient(rows: int) -> None:
+    torch.manual_seed(rows)
+    logits = torch.randn(2, rows, 50, requires_grad=True)
+    targets = torch.randint(0, 50, (2, rows)).masked_fill(torch.rand(2, rows) < 0.5, -100)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100)
+    (grad,) = torch.autograd.grad(expected, logits)
+    found = entropy_sum(logits * 1, targets, masked=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, logits)[0], grad)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 ORDER = [
     "errors", "output", "run_folder", "job", "progress", "machine", "version", "deferred", "draft",  # foundations
-    "stages", "model_config", "config",
+    "stages", "model_config", "domain_tables", "config",
     "debug", "ops", "checksum", "placement", "ledger", "reference", "message", "stopwatch",
     "transport",
     "regions", "shared_control", "shared_memory", "cuda_ipc",  # what is below
@@ -19,7 +19,9 @@ ORDER = [
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "norm", "feed_forward", "entropy", "balance_losses", "load_balance",  # what it is part of
     "moe_layer", "attention", "model",
-    "tokens", "corpus", "entries", "checkpoint", "whole_model", "saver", "initial",  # what it reads and writes
+    "documents", "conversations", "encoder",  # what it reads and writes
+    "tokens", "batches", "blend", "corpus", "entries", "checkpoint", "vocabulary", "tokenization",
+    "whole_model", "saver", "initial",
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate",  # what shares it

@@ -15,6 +15,7 @@ from ep_engine.model_config import MoEConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan
+from ep_engine.router import Choice
 from ep_engine.transport import Alone, Link
 from tests.moe_cases import D, make_layer, set_routing
 
@@ -193,3 +194,28 @@ def test_the_layer_joins_a_group_with_the_experts_of_its_place() -> None:
     layer.join(Site.of(placement, 0, 2, 1), Link(Alone(), Ledger(), 0))
     assert layer.site.experts_here() == [2, 4, 5, -1]
     assert layer.experts.w_down.shape == (4, D, 4)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("one_row_per_copy", [False, True])
+def test_choices_that_are_dropped_bring_nothing(one_row_per_copy: bool, grouped: bool) -> None:
+    """Some tokens lose a choice, some all: the others are as they were, and those get the rest, or 0."""
+    layer = make_layer(8, 2, 4, one_row_per_copy=one_row_per_copy)
+    layer.experts.grouped = grouped
+    x, grad = torch.randn(40, D).requires_grad_(), torch.randn(40, D)
+    routing = layer.router(x)
+    kept_TK = torch.rand(40, 2) > 0.4
+    assert {0, 1, 2} == set(kept_TK.sum(dim=1).tolist())
+    y, router = layer(x, None, [Choice(routing.ids_TK, kept_TK)])
+    y.backward(grad)
+    found = [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    x.grad = None
+    layer.zero_grad()
+    routing = layer.router(x)
+    rows = [layer.site.experts_here().index(expert) for expert in range(8)]
+    experts = (*layer.experts.w_gate_up[rows].chunk(2, dim=1), layer.experts.w_down[rows])
+    expected = reference.moe_forward(x, routing.ids_TK, routing.weights_TK * kept_TK, *experts)
+    expected.backward(grad)
+    for a, b in zip(found, [expected.detach(), x.grad, *(p.grad for p in layer.parameters())], strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    assert int(router.dropped) == int((~kept_TK).sum())

@@ -35,8 +35,7 @@ def test_moe_run_starts_from_its_checkpoint_and_makes_nothing(files: Path, tmp_p
     assert run.model == read_model_config(files / "moe" / "model.json")
     assert run.placement == Placement.contiguous(8, 2, 2)
     assert (run.checkpoint, run.resume) == (files / "moe", None)
-    assert run.heldout is not None
-    assert (run.train.bin_path, run.heldout.bin_path) == (files / "train.bin", files / "heldout.bin")
+    assert (run.train["all"].bin_path, run.heldout["all"].bin_path) == (files / "train.bin", files / "heldout.bin")
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
 
 
@@ -69,7 +68,7 @@ def test_heldout_text_may_be_left_out(files: Path, tmp_path: Path) -> None:
     path = write_run(files, tmp_path)
     drop_key(path, "heldout")
     drop_key(path, "heldout_batches")
-    assert resolve(load_config(path), 1).heldout is None
+    assert resolve(load_config(path), 1).heldout == {}
 
 
 def test_rule_of_the_model_stays_unless_the_run_sets_one(files: Path, tmp_path: Path) -> None:

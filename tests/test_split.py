@@ -387,3 +387,13 @@ def test_nan_weights_are_a_fault_and_leave_nothing(tmp_path: Path, capsys: pytes
     assert run_tool("split", source, tmp_path / "x", "--num-experts", 4, "--top-k", 2) == 1
     assert "outputs first differ at layer 1" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_gate_may_have_a_noise_matrix(dense: Path, tmp_path: Path) -> None:
+    assert run_tool("split", dense, tmp_path / "moe", "--num-experts", 4, "--top-k", 2, "--gate-noise") == 0
+    made = open_source(tmp_path / "moe")
+    assert made.config.moe is not None
+    assert made.config.moe.gate_noise
+    assert not made.tensors["layers.0.moe.router.w_noise"].any()  # a deviation of ln 2 for all
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
+    assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0

@@ -363,7 +363,7 @@ def _lose_a_rank(rank: int, world_size: int, config: RunConfig, words: Path, sil
         tokens.silent = silent
         if config.parallel.pipeline_parallel_size > 1:
             tokens.reads = -8  # it has all rows there, not half of them
-        train(replace(run, train=tokens), World(rank=rank, size=world_size))
+        train(replace(run, train={"all": tokens}), World(rank=rank, size=world_size))
     started = time.monotonic()
     with pytest.raises(Fault, match="a peer died or hangs, look at the first rank that failed") as caught:
         train(run, World(rank=rank, size=world_size))
