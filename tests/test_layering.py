@@ -23,7 +23,7 @@ ORDER = [
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate", "watch", "agreement",  # what shares it
-    "layout", "resolve", "routing_metrics", "trainer",  # what trains it
+    "layout", "resolve", "routing_metrics", "mfu", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "cluster", "work", "plan_run", "simulate", "what_if",
     "collaboration_report", "profile", "report",  # what a user calls
