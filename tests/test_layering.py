@@ -26,7 +26,7 @@ ORDER = [
     "layout", "resolve", "routing_metrics", "mfu", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "cluster", "work", "plan_run", "simulate", "what_if",
-    "collaboration_report", "profile", "report",  # what a user calls
+    "collaboration_report", "profile", "report", "run_numbers", "drawing", "run_report",  # what a user calls
     "command_line", "quickstart", "cli",
 ]  # fmt: skip
 
