@@ -160,7 +160,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.stages, train)
         self.step = self.first_step = self._looked_at = self._load()
         self.routing, self.placement_watch = self._watch_routing()
-        self.metrics = Metrics(self.config.output.folder) if self.rank == 0 else None
+        output = self.config.output
+        self.metrics = Metrics(output.folder, output.wandb) if self.rank == 0 else None
         self.stopwatch: stopwatch.Stopwatch | None = None  # of the last step, if it was timed
         self.batches = Batches(run.train, sequence_length=data.sequence_length, batch_size=rows, seed=train.seed)
         self.speeds: list[float] = []
