@@ -13,10 +13,10 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 WIDTH, HEIGHT = 480, 250  # of a chart
-_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 12, 10, 36  # of what it plots
+_LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 10, 36  # of what it plots
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito
 _POINTS = 60  # up to which each has a mark of its own
-_TITLED = 4000  # cells up to which each says its number under the mouse
+_TITLED = 1000  # cells up to which each says its number under the mouse
 SCALE = "YlOrRd"  # the more, the darker
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]

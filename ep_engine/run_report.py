@@ -238,6 +238,6 @@ def _table(figures: dict[str, Any]) -> str:
 
 
 def _said(value: Any) -> str:
-    if isinstance(value, int):
-        return f"{value:,}".replace(",", "&nbsp;")
+    if isinstance(value, int) or (isinstance(value, float) and value >= 1e4):
+        return f"{value:,.0f}".replace(",", "&nbsp;")
     return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
