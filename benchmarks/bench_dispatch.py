@@ -59,9 +59,7 @@ def main() -> None:
         calls, ledgers = {}, {}
         for name, one_row_per_copy in (("per_expert", True), ("per_device", False)):
             ledgers[name] = Ledger(tiers)
-            site = Site.of(
-                placement, 0, placement.cut(transport.size), transport.rank, one_row_per_copy=one_row_per_copy
-            )
+            site = Site.of(placement, 0, transport.size, transport.rank, one_row_per_copy=one_row_per_copy)
             link = Link(transport, ledgers[name], 0)
             calls[name] = there_and_back(link, site, args.tokens, args.hidden, top_k)
         times = time_in_turn(calls, rounds=args.rounds)

@@ -81,7 +81,7 @@ def our_layer(shape: Shape, transport: Transport | None = None, dtype: torch.dty
     layer = MoELayer(moe, shape.hidden, 0)
     if transport is not None:
         placement = Placement.contiguous(shape.experts, transport.size, 1)
-        site = Site.of(placement, 0, placement.cut(transport.size), transport.rank)
+        site = Site.of(placement, 0, transport.size, transport.rank)
         layer.join(site, Link(transport, Ledger(["node"] * transport.size), 0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

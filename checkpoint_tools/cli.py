@@ -232,8 +232,11 @@ def importance_command(
 def upcycle_command(
     source: Folder,
     out: Out,
-    num_experts: Annotated[int, typer.Option(min=1, help="experts per layer")],
     top_k: Annotated[int, typer.Option(min=1, help="experts per token")],
+    num_experts: Annotated[int | None, typer.Option(min=1, help="experts per layer")] = None,
+    experts_per_layer: Annotated[
+        str | None, typer.Option(help="of every layer instead, such as 0,4,4,8; 0: the FFN stays")
+    ] = None,
     granularity: Annotated[int, typer.Option(min=1, help="slices that an FFN is cut into before it is copied")] = 1,
     start_layer: Annotated[int, typer.Option(min=0, help="first layer with experts")] = 0,
     layer_step: Annotated[int, typer.Option(min=1, help="from one layer with experts to the next")] = 1,
@@ -277,6 +280,7 @@ def upcycle_command(
         scale=scale,
         start_layer=start_layer,
         layer_step=layer_step,
+        experts_per_layer=upcycle.parse_experts(experts_per_layer),
         noise=noise,
         drop=drop,
         residual=residual,

@@ -67,6 +67,8 @@ def _labels(texts: list[str], num_clusters: int, embed: Path | None, seed: int) 
         except ValueError:
             raise UserError("no document has a word of two letters, so none is like another; give text") from None
     else:
+        if not any((embed / name).is_file() for name in ("modules.json", "config.json")):  # else it would be downloaded
+            raise UserError(f"--embed {embed} holds no sentence-transformers model (no modules.json); give its folder")
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
@@ -74,7 +76,7 @@ def _labels(texts: list[str], num_clusters: int, embed: Path | None, seed: int) 
                 f"--embed {embed} needs the library sentence-transformers, which is not installed; install it, or "
                 "leave --embed out for TF-IDF"
             ) from None
-        features = SentenceTransformer(str(embed)).encode(texts)
+        features = SentenceTransformer(str(embed), device="cpu").encode(texts, show_progress_bar=False)
     label_N: NDArray[np.int64] = KMeans(num_clusters, n_init=1, random_state=seed).fit_predict(features)
     return label_N.astype(np.int64)
 

@@ -60,8 +60,8 @@ def inspect(folder: Path) -> Inspection:
     total = sum(sizes.values())
     idle = 0
     if model.config.moe is not None:
-        experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
-        idle = experts // model.config.moe.num_experts * (model.config.moe.num_experts - model.config.moe.top_k)
+        of_expert = 3 * model.config.hidden_size * model.config.moe.expert_hidden_size
+        idle = of_expert * sum(e - model.config.moe.top_k for e in model.config.experts_of_layer())
     return Inspection(
         folder=str(folder),
         kind=model.kind,

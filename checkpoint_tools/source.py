@@ -125,7 +125,7 @@ def _check_experts(hf: HFDirectory, config: ModelConfig, where: str) -> None:
     """The same for experts: each has tensors of its own, or a part of one of three dims."""
     if config.moe is None:
         return
-    least = len(config.moe_layers()) * config.moe.num_experts
+    least = sum(config.experts_of_layer())
     there = sum(shape[0] if len(shape) == 3 else 1 for shape in map(hf.shape, hf.shard_of))
     if least > there:
         raise UserError(

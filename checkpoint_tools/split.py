@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,7 +86,7 @@ def prepare(source: Path, out: Path, options: SplitOptions) -> ToCheckpoint:
         config=config,
         tensors=cut.tensors,
         finish=cut.finish,
-        held_bytes=3 * ffn_bytes,  # as it was read, its experts, and a copy in float32 of what is clustered
+        held_bytes=4 * ffn_bytes,  # as it was read, its experts, those before, and in float32 what is clustered
         compare=TOLERANCE if cut.partitioner.covers_once(config.num_layers) else None,
         all_experts=True,
     )
@@ -132,7 +133,7 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
 
 
 class _Cut:
-    """The experts of all layers; those of one layer are in memory at a time."""
+    """The experts of all layers; those of two are in memory at a time: one is written, the next is made."""
 
     def __init__(self, model: Source, config: ModelConfig, options: SplitOptions) -> None:
         assert config.moe is not None, "it was just made"
@@ -142,7 +143,8 @@ class _Cut:
         self.partitioner = Partitioner(
             options.partition, options.num_experts, self.width, options.seed, options.residual
         )
-        self.now: tuple[int, list[dict[str, Tensor]]] | None = None
+        self.making: dict[int, Future[list[dict[str, Tensor]]]] = {}  # by layer
+        self.pool = ThreadPoolExecutor(1)
 
     def tensors(self, draft: Draft) -> Tensors:
         """All entries of the split model."""
@@ -212,14 +214,20 @@ class _Cut:
         return lambda: self._experts(draft, layer)[expert][name]
 
     def _experts(self, draft: Draft, layer: int) -> list[dict[str, Tensor]]:
-        if self.now is None or self.now[0] != layer:
-            self.now = None  # frees the one before
-            ffn = {name: self.whole[f"layers.{layer}.ffn.{name}.weight"] for name in WEIGHTS}
-            experts = cut_experts(ffn, self._neurons(draft, layer, ffn))
-            if covers_once(self._neurons(draft, layer), self.width):
-                check_experts(ffn, experts, self._neurons(draft, layer), layer)
-            self.now = layer, experts
-        return self.now[1]
+        wanted = range(layer, min(layer + 2, self.config.num_layers))
+        self.making = {n: self.making[n] for n in wanted if n in self.making}  # frees the one before
+        for n in wanted:
+            if n not in self.making:
+                self.making[n] = self.pool.submit(self._make, draft, n)
+        return self.making[layer].result()
+
+    def _make(self, draft: Draft, layer: int) -> list[dict[str, Tensor]]:
+        ffn = {name: self.whole[f"layers.{layer}.ffn.{name}.weight"] for name in WEIGHTS}
+        neurons = self._neurons(draft, layer, ffn)
+        experts = cut_experts(ffn, neurons)
+        if covers_once(neurons, self.width):
+            check_experts(ffn, experts, neurons, layer)
+        return experts
 
     def _neurons(self, draft: Draft, layer: int, ffn: Mapping[str, Tensor] | None = None) -> Neurons:
         """Of a layer, from a file where a run that was interrupted left them."""

@@ -41,7 +41,7 @@ _NOISE, _DROP = 2, 3  # streams of random numbers, beside those of partitions an
 class UpcycleOptions:
     """How a dense model becomes a mixture of experts."""
 
-    num_experts: int
+    num_experts: int | None  # of every layer with experts; None: as experts_per_layer says
     top_k: int
     granularity: int = 1
     seed: int = 0
@@ -52,6 +52,7 @@ class UpcycleOptions:
     scale: Scale = "w_down"  # of experts, where the score is `softmax`
     start_layer: int = 0  # the first with experts
     layer_step: int = 1  # from one with experts to the next
+    experts_per_layer: tuple[int, ...] = ()  # of every layer of the model, 0 where its FFN stays (a pyramid)
     noise: float = 0.0  # added to the experts, relative to the standard deviation of each matrix
     drop: float = 0.0  # share of an expert's neurons that begin anew (Drop-Upcycling, arXiv:2502.19261)
     residual: bool = False  # the FFN stays beside experts that add nothing at first (arXiv:2201.05596)
@@ -90,7 +91,9 @@ def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
             deferred |= {entry: kept[entry] for entry in ffn.values()}
             continue
         at, dtype = f"layers.{layer}.moe", kept[ffn["w_gate"]].dtype
-        gate = in_groups(new_gate(config, moe, options.seed, layer, dtype), options.granularity)
+        here = config.moe_of(layer)
+        assert here is not None, "all others have experts"
+        gate = in_groups(new_gate(config, here, options.seed, layer, dtype), options.granularity)
         if options.gate_init == "zero":
             last = "w_out" if "w_out" in gate else "w_in"
             gate[last] = torch.zeros_like(gate[last])
@@ -98,10 +101,11 @@ def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
         if options.residual:
             deferred[f"{at}.residual.gate.weight"] = Deferred.of(torch.zeros(1, config.hidden_size, dtype=dtype))
             deferred |= {f"{at}.residual.each.0.{name}.weight": kept[entry] for name, entry in ffn.items()}
-        for expert in range(options.num_experts):
+        for expert in range(here.num_experts):
             for name, entry in ffn.items():
                 d, f = config.hidden_size, moe.expert_hidden_size
-                make = _maker(whole, entry, name, options, layer, expert)
+                factor = _factor(options, name, here.num_experts)
+                make = _maker(whole, entry, name, options, layer, expert, factor)
                 shape = (d, f) if name == "w_down" else (f, d)
                 deferred[f"{at}.experts.{expert}.{name}"] = Deferred(shape, dtype, make)
     tensors = Tensors(deferred)
@@ -125,7 +129,7 @@ def _preserves(options: UpcycleOptions) -> bool:
 
 
 def _maker(
-    whole: Tensors, entry: str, name: str, options: UpcycleOptions, layer: int, expert: int
+    whole: Tensors, entry: str, name: str, options: UpcycleOptions, layer: int, expert: int, factor: float
 ) -> Callable[[], Tensor]:
     def make() -> Tensor:
         dense = whole[entry]
@@ -135,17 +139,16 @@ def _maker(
             part = _changed(part, dim, options, [layer, expert, WEIGHTS.index(name)])
         if name == "w_down" and options.residual:
             return torch.zeros_like(part)
-        factor = _factor(options, name)
         return part if factor == 1.0 else (part.float() * factor).to(part.dtype)
 
     return make
 
 
-def _factor(options: UpcycleOptions, name: str) -> float:
+def _factor(options: UpcycleOptions, name: str, num_experts: int) -> float:
     """On a matrix of an expert, so that softmax over all experts does not make the layer small."""
     if options.score == "softmax_of_chosen" or options.scale == "none":
         return 1.0
-    whole = options.num_experts * options.granularity / options.top_k
+    whole = num_experts * options.granularity / options.top_k
     if options.scale == "cube-root":
         return whole ** (1 / 3)
     return whole if name == "w_down" else 1.0
@@ -169,6 +172,50 @@ def _changed(part: Tensor, dim: int, options: UpcycleOptions, at: list[int]) -> 
     return wide.to(part.dtype)
 
 
+def parse_experts(text: str | None) -> tuple[int, ...]:
+    """--experts-per-layer as numbers; () for None."""
+    if text is None:
+        return ()
+    try:
+        each = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        each = (-1,)
+    if min(each) < 0:
+        raise UserError(
+            f"--experts-per-layer ({text}) must be numbers with commas between, such as 0,4,4,8; correct it"
+        )
+    return each
+
+
+def _experts_per_layer(dense: ModelConfig, options: UpcycleOptions) -> list[int]:
+    """How many experts each layer gets, 0 for none."""
+    given, count = options.experts_per_layer, options.num_experts
+    if (count is None) == (not given):
+        raise UserError(
+            f"give either --num-experts ({count}) or --experts-per-layer ({','.join(map(str, given)) or None}), the "
+            "experts of a layer"
+        )
+    if count is not None:
+        if options.start_layer >= dense.num_layers:
+            raise UserError(
+                f"--start-layer ({options.start_layer}) must be below the model's layers ({dense.num_layers}), or no "
+                "layer gets experts; choose a smaller one"
+            )
+        sparse = range(options.start_layer, dense.num_layers, options.layer_step)
+        return [count if layer in sparse else 0 for layer in range(dense.num_layers)]
+    if options.start_layer or options.layer_step != 1:
+        raise UserError(
+            f"--start-layer ({options.start_layer}) and --layer-step ({options.layer_step}) have no effect beside "
+            "--experts-per-layer, which names every layer; leave them out"
+        )
+    if len(given) != dense.num_layers or not any(given):
+        raise UserError(
+            f"--experts-per-layer names {len(given)} layers, {sum(map(bool, given))} with experts, the model has "
+            f"{dense.num_layers}; give a number for each, 0 where the FFN stays, and not for all"
+        )
+    return list(given)
+
+
 def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
     """The configuration of the upcycled model; UserError if it cannot be made."""
     if dense.moe is not None:
@@ -176,18 +223,16 @@ def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
     if dense.mlp_bias:
         raise UserError("the FFNs have biases (mlp_bias is true), which experts have not; upcycle takes FFNs without")
     size, width = options.granularity, dense.intermediate_size
-    wanted = {"the FFN width": width, "--num-experts": options.num_experts, "--top-k": options.top_k}
-    for name, value in wanted.items():
+    each = _experts_per_layer(dense, options)
+    experts = [count for count in each if count]
+    named = "--num-experts" if options.num_experts is not None else "--experts-per-layer"
+    wanted = [("the FFN width", width), *((named, count) for count in experts), ("--top-k", options.top_k)]
+    for name, value in wanted:
         if value % size:
             raise UserError(
                 f"--granularity ({size}) must divide {name} ({value}), so that tokens choose whole groups of slices; "
                 "correct one"
             )
-    if options.start_layer >= dense.num_layers:
-        raise UserError(
-            f"--start-layer ({options.start_layer}) must be below the model's layers ({dense.num_layers}), or no layer "
-            "gets experts; choose a smaller one"
-        )
     given = options.gate_hidden_size
     needs_inside = options.gate in ("mlp_gelu", "cosine")
     if given and not needs_inside:
@@ -204,7 +249,8 @@ def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
         )
     try:
         moe = MoEConfig(
-            num_experts=options.num_experts,
+            num_experts=max(experts),
+            experts_of_layer=experts if len(set(experts)) > 1 else None,
             top_k=options.top_k,
             expert_hidden_size=width // size,
             gate=options.gate,
@@ -216,11 +262,10 @@ def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
         )
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
-    sparse = set(range(options.start_layer, dense.num_layers, options.layer_step))
     changed: dict[str, Any] = {
         "moe": moe,
         "family": None,
-        "dense_layers": {layer: width for layer in range(dense.num_layers) if layer not in sparse},
+        "dense_layers": {layer: width for layer, count in enumerate(each) if not count},
         # As in LLaMA-MoE's config.json, to which it is exported: that of all experts.
         "intermediate_size": moe.num_experts * moe.expert_hidden_size + moe.residual_hidden_size,
     }

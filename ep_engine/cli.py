@@ -215,7 +215,7 @@ def place_command(
     counted = read_profile(path)
     check_fits(counted, devices, path)
     other = None if check is None else read_profile(check)
-    ids = None if trace is None else read_ids(trace, counted.num_layers, counted.num_experts, counted.top_k).numpy()
+    ids = None if trace is None else read_ids(trace, counted.experts_of_layer, counted.top_k).numpy()
     with bar("placing layers", counted.num_layers) as advance:
         placement, found = place(
             counted,

@@ -6,6 +6,7 @@ Letters:  L MoE layers   E experts   K top_k
 import math
 import zipfile
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -34,20 +35,24 @@ class Profile:
         load: (L, E) int64: tokens of each expert.
         top_k: K.
         about: tokens, seed and hashes, as plain values.
+        experts: how many experts each layer has, where that differs; what is beyond in the arrays is 0. (): E.
     """
 
     counts: NDArray[np.int64]
     load: NDArray[np.int64]
     top_k: int
     about: dict[str, Any]
+    experts: tuple[int, ...] = ()
 
     @classmethod
-    def of_pairs(cls, pairs_LEE: NDArray[np.int64], top_k: int, about: dict[str, Any]) -> Self:
+    def of_pairs(
+        cls, pairs_LEE: NDArray[np.int64], top_k: int, about: dict[str, Any], experts: Sequence[int] = ()
+    ) -> Self:
         """Of what `ops.count_pairs` counted, whose diagonal is the load."""
         counts = pairs_LEE.copy()
         diagonal = range(counts.shape[1])
         counts[:, diagonal, diagonal] = 0
-        return cls(counts, np.diagonal(pairs_LEE, axis1=1, axis2=2).copy(), top_k, about)
+        return cls(counts, np.diagonal(pairs_LEE, axis1=1, axis2=2).copy(), top_k, about, tuple(experts))
 
     @property
     def num_layers(self) -> int:
@@ -56,13 +61,31 @@ class Profile:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """E; where layers have different numbers, the largest."""
         return len(self.counts[0])
+
+    @property
+    def experts_of_layer(self) -> list[int]:
+        """[L]: how many experts every layer has."""
+        return list(self.experts) or [self.num_experts] * self.num_layers
+
+    @property
+    def counts_of_layer(self) -> list[NDArray[np.int64]]:
+        """[L] of (E, E), without what fills up `counts`."""
+        return [counts_EE[:e, :e] for counts_EE, e in zip(self.counts, self.experts_of_layer, strict=True)]
+
+    @property
+    def load_of_layer(self) -> list[NDArray[np.int64]]:
+        """[L] of (E,), without what fills up `load`."""
+        return [load_E[:e] for load_E, e in zip(self.load, self.experts_of_layer, strict=True)]
 
     def save(self, path: Path) -> None:
         """Write `profile.npz`."""
+        arrays: dict[str, Any] = {"counts": self.counts, "load": self.load, "top_k": self.top_k, **self.about}
+        if len(set(self.experts)) > 1:
+            arrays["experts"] = np.array(self.experts)
         with whole_file(path) as beside, beside.open("wb") as file:  # given a name, numpy would add to it
-            np.savez_compressed(file, counts=self.counts, load=self.load, top_k=self.top_k, **self.about)
+            np.savez_compressed(file, **arrays)
 
 
 def read_profile(path: Path) -> Profile:
@@ -92,8 +115,25 @@ def read_profile(path: Path) -> Profile:
             f"profile {path} has counts {counts.shape} and load {load.shape}, expected (L, E, E) and (L, E); make it "
             "again"
         )
+    experts = _experts(arrays.pop("experts", None), counts, load, path)
     about = {name: array.tolist() for name, array in arrays.items()}
-    return Profile(checked_counts(counts, int(top_k), path), load.astype(np.int64), int(top_k), about)
+    return Profile(checked_counts(counts, int(top_k), path), load.astype(np.int64), int(top_k), about, experts)
+
+
+def _experts(given: NDArray[Any] | None, counts: NDArray[Any], load: NDArray[Any], path: Path) -> tuple[int, ...]:
+    """How many experts each layer has; UserError unless the arrays are 0 beyond them."""
+    if given is None:
+        return ()
+    fits = given.shape == load.shape[:1] and np.issubdtype(given.dtype, np.integer)
+    if not fits or not all(
+        1 <= n <= load.shape[1] and not of[n:].any() and not pairs[n:].any()
+        for n, of, pairs in zip(given.tolist(), load, counts, strict=True)
+    ):
+        raise UserError(
+            f"profile {path} must say in experts how many each of {len(load)} layers has, and count nobody else, got "
+            f"{given.tolist()}; make it again"
+        )
+    return tuple(given.tolist())
 
 
 def checked_counts(counts: NDArray[Any], top_k: int, path: Path) -> NDArray[np.int64]:
@@ -119,40 +159,43 @@ def checked_counts(counts: NDArray[Any], top_k: int, path: Path) -> NDArray[np.i
     return counts
 
 
-def collaboration_lists(counts_LEE: NDArray[np.int64]) -> list[list[list[int]]]:
+def collaboration_lists(layers: Iterable[NDArray[np.int64]]) -> list[list[list[int]]]:
     """[L][E][E]: row i lists all experts, those that served most tokens together with i first, i itself last.
 
-    Equal counts go to the lower id.
+    Equal counts go to the lower id. `layers` are counts (E, E).
     """
-    num_experts = counts_LEE.shape[1]
-    masked = counts_LEE.astype(np.int64).copy()
-    masked[:, range(num_experts), range(num_experts)] = -1
-    lists: list[list[list[int]]] = np.argsort(-masked, axis=2, kind="stable").tolist()
+    lists = []
+    for counts_EE in layers:
+        masked = counts_EE.astype(np.int64)
+        np.fill_diagonal(masked, -1)
+        lists.append(np.argsort(-masked, axis=1, kind="stable").tolist())
     return lists
 
 
-def agreement(one_LEE: NDArray[np.int64], other_LEE: NDArray[np.int64]) -> list[float]:
+def agreement(one: Iterable[NDArray[np.int64]], other: Iterable[NDArray[np.int64]]) -> list[float]:
     """Correlation, in [-1, 1], of the pairs that two counts of the same model have, for each layer; NaN where either
     has the same number everywhere.
 
     Of two halves of a profile it says how far another text of that length would agree.
     """
-    rows, columns = np.triu_indices(one_LEE.shape[1], 1)
-    layers = zip(one_LEE.astype(np.float64), other_LEE.astype(np.float64), strict=True)
-    return [_correlation(one[rows, columns], other[rows, columns]) for one, other in layers]
+    found = []
+    for one_EE, other_EE in zip(one, other, strict=True):
+        pairs = np.triu_indices(len(one_EE), 1)
+        found.append(_correlation(one_EE[pairs].astype(np.float64), other_EE[pairs].astype(np.float64)))
+    return found
 
 
-def drift(stored_LEE: NDArray[np.int64], recent_LEE: NDArray[np.int64]) -> dict[str, float]:
+def drift(stored: Iterable[NDArray[np.int64]], recent: Iterable[NDArray[np.int64]]) -> dict[str, float]:
     """How far counts have moved from others of the same model, as means over layers.
 
     Returns:
         `l1`, half the sum of absolute differences of the shares of pairs, in [0, 1]; `rank_correlation` (Spearman) of
         the pairs, in [-1, 1], 1 if none has moved past another; layers without pairs are left out.
     """
-    rows, columns = np.triu_indices(stored_LEE.shape[1], 1)
     distances, correlations = [], []
-    for stored, recent in zip(stored_LEE, recent_LEE, strict=True):
-        a, b = stored[rows, columns], recent[rows, columns]
+    for stored_EE, recent_EE in zip(stored, recent, strict=True):
+        pairs = np.triu_indices(len(stored_EE), 1)
+        a, b = stored_EE[pairs], recent_EE[pairs]
         if a.any() and b.any():
             distances.append(float(np.abs(a / a.sum() - b / b.sum()).sum()) / 2)
             correlations.append(_correlation(_ranks(a), _ranks(b)))

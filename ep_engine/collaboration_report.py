@@ -29,7 +29,10 @@ def describe_collaboration(profile: Profile) -> dict[str, Any]:
     common and `top_partner_share` max P_ij, all as means over experts that have pairs; `load_cv`, standard deviation
     over mean of the experts' load, and `load_max_over_mean`.
     """
-    layers = [_describe_layer(counts, load) for counts, load in zip(profile.counts, profile.load, strict=True)]
+    layers = [
+        _describe_layer(counts, load)
+        for counts, load in zip(profile.counts_of_layer, profile.load_of_layer, strict=True)
+    ]
     return {**{key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}, "layers": layers}
 
 
@@ -63,7 +66,7 @@ def draw_collaboration(profile: Profile, halves: list[tuple[int, float]]) -> Fig
     for layer in range(shown):
         at = 3 * (layer % columns)
         axis = figure.add_subplot(grid[layer // columns, at : at + 3])
-        counts = profile.counts[layer]
+        counts = profile.counts_of_layer[layer]
         image = axis.imshow(counts / max(int(counts.sum()), 1), cmap="viridis", vmin=0)
         figure.colorbar(image, ax=axis, fraction=0.046)
         axis.set_title(f"layer {layer}: share of pairs", fontsize=9)

@@ -8,7 +8,7 @@ from ep_engine.checkpoint import hash_of_model
 from ep_engine.collaboration import collaboration_lists, read_profile
 from ep_engine.config import RunConfig, differing
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence
+from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence, in_words
 from ep_engine.placement import Placement
 from ep_engine.published import read_lists
 
@@ -76,8 +76,8 @@ def in_no_list(model: ModelConfig) -> dict[int, list[int]]:
     for layer, rows in enumerate(moe.routing.lists):
         top_t, _ = moe.routing.in_layer(layer)
         named = {expert for row in rows for expert in row[:top_t]}
-        if len(named) < moe.num_experts:
-            found[layer] = [expert for expert in range(moe.num_experts) if expert not in named]
+        if len(named) < len(rows):
+            found[layer] = [expert for expert in range(len(rows)) if expert not in named]
     return found
 
 
@@ -89,10 +89,10 @@ def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]]
         raise UserError(f"routing.rule {routing.rule} needs routing.profile; make one with `ep-engine profile`")
     if routing.profile.suffix in (".json", ".pkl"):
         lists, top_t = read_lists(routing.profile)
-        _check_shape(routing.profile, (len(lists), len(lists[0])), model)
+        _check_shape(routing.profile, [len(rows) for rows in lists], model)
         return lists, top_t
     profile = read_profile(routing.profile)
-    _check_shape(routing.profile, profile.counts.shape[:2], model)
+    _check_shape(routing.profile, profile.experts_of_layer, model)
     made_of = profile.about.get("model_hash")
     if config.model.checkpoint is not None and made_of is not None:
         found = hash_of_model(config.model.checkpoint)
@@ -101,23 +101,21 @@ def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]]
                 f"routing.profile {routing.profile} is of another model ({made_of[:12]}) than model.checkpoint "
                 f"{config.model.checkpoint} ({found[:12]}); profile that one"
             )
-    return collaboration_lists(profile.counts), None
+    return collaboration_lists(profile.counts_of_layer), None
 
 
-def _check_shape(path: Path, shape: tuple[int, ...], model: ModelConfig) -> None:
-    assert model.moe is not None, "the caller has asked"
-    num_layers, num_experts = len(model.moe_layers()), model.moe.num_experts
-    if shape != (num_layers, num_experts):
+def _check_shape(path: Path, experts_of_layer: list[int], model: ModelConfig) -> None:
+    if experts_of_layer != model.experts_of_layer():
         raise UserError(
-            f"routing.profile {path} has {shape[0]} layers of {shape[1]} experts, the model {num_layers} of "
-            f"{num_experts}; profile this model"
+            f"routing.profile {path} has {in_words(experts_of_layer)}, the model "
+            f"{in_words(model.experts_of_layer())}; profile this model"
         )
 
 
 def _check_groups(moe: MoEConfig, placement: Placement, ep_size: int) -> None:
     """The groups that a c2r_grouped model was trained with must each lie on one rank, or M would bound nothing."""
-    slots_per_rank = placement.cut(ep_size).slots_per_rank
     for layer, device_of_expert in enumerate(moe.routing.device_of_expert or []):
+        slots_per_rank = placement.cut(ep_size, layer).slots_per_rank
         ranks = [slot // slots_per_rank for slot in placement.slot_of_expert(layer)]
         if len(set(zip(device_of_expert, ranks, strict=True))) > len(set(device_of_expert)):
             raise UserError(

@@ -205,7 +205,7 @@ def _way(
     site = Site.of(
         placement,
         index,
-        placement.cut(config.parallel.expert_parallel_size),
+        config.parallel.expert_parallel_size,
         groups.around(rank, "dispatch").index(rank),
         one_row_per_copy=config.moe.combine == "per_expert",
         parts=config.parallel.expert_tensor_parallel_size,

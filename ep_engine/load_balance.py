@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ep_engine.router import Routing
@@ -49,12 +50,19 @@ def load_balance_loss(
         group: the ranks that share the batch, with the same layers; None: only this one.
         num_layers: MoE layers of the model; None: those that are here.
     """
-    load_LE = torch.stack([layer.load_E for layer in layers])
+    load_LE = _stacked([layer.load_E for layer in layers])
     if group is not None:
         dist.all_reduce(load_LE, group=group)
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
-    probability_LE = torch.stack([layer.probability_E for layer in layers]) / num_tokens
-    return load_LE.shape[1] * (share_LE * probability_LE).sum(dim=1).sum() / (num_layers or len(layers))
+    probability_LE = _stacked([layer.probability_E for layer in layers]) / num_tokens
+    experts_L = torch.tensor([len(layer.load_E) for layer in layers], device=load_LE.device)
+    return (experts_L * (share_LE * probability_LE).sum(dim=1)).sum() / (num_layers or len(layers))
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """(L, E) of rows that may differ in length, which are filled up with zeros."""
+    most = max(len(row) for row in rows)
+    return torch.stack([F.pad(row, (0, most - len(row))) for row in rows])
 
 
 def with_loss(x: Tensor, loss: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Nothing here says how the model is run (ranks, steps, data): that is `config.py`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -47,7 +48,9 @@ class MoEConfig(_Part):
     """The shape of every mixture-of-experts layer of the model."""
 
     num_experts: int
-    """E."""
+    """E; where layers have different numbers, the largest."""
+    experts_of_layer: list[int] | None = None
+    """[L]: how many experts every layer with experts has (a pyramid, arXiv:2201.05596); None: num_experts."""
     top_k: int
     """K, experts chosen per token."""
     expert_hidden_size: int
@@ -80,6 +83,16 @@ class MoEConfig(_Part):
     """[L][E]: where experts are smaller than expert_hidden_size, how much of each is not padding with zeros."""
     routing: RoutingConfig = RoutingConfig()
 
+    def experts_in(self, layer: int) -> int:
+        """E of one layer with experts."""
+        return self.num_experts if self.experts_of_layer is None else self.experts_of_layer[layer]
+
+    def in_layer(self, layer: int) -> "MoEConfig":
+        """The same as one layer sees it: num_experts is its own. Tables keep a row for every layer."""
+        return (
+            self if self.experts_of_layer is None else self.model_copy(update={"num_experts": self.experts_in(layer)})
+        )
+
     @property
     def beside_hidden_size(self) -> int:
         """Hidden width of all that every token goes through beside its experts."""
@@ -92,8 +105,16 @@ class MoEConfig(_Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         e, k, rule = self.num_experts, self.top_k, self.routing
-        if not 1 <= k <= e:
-            raise ValueError(f"moe.top_k ({k}) must be in 1..moe.num_experts ({e}); choose fewer experts per token")
+        each = self.experts_of_layer or [e]
+        if max(each) != e:
+            raise ValueError(
+                f"moe.num_experts ({e}) must be the largest of moe.experts_of_layer ({max(each)}); correct one of them"
+            )
+        if not 1 <= k <= min(each):
+            where = "" if self.experts_of_layer is None else ", the fewest that a layer has"
+            raise ValueError(
+                f"moe.top_k ({k}) must be in 1..moe.num_experts ({min(each)}){where}; choose fewer experts per token"
+            )
         if (self.gate in ("mlp_gelu", "cosine")) != (self.gate_hidden_size > 0):
             raise ValueError(
                 f"moe.gate_hidden_size ({self.gate_hidden_size}) must be at least 1 for the gates mlp_gelu and cosine, "
@@ -119,31 +140,38 @@ class MoEConfig(_Part):
             return self
         if rule.lists is None:
             raise ValueError(f"routing.rule {rule.rule} needs collaboration lists, got none; give routing.profile")
-        for top_t in rule.top_t if isinstance(rule.top_t, list) else [rule.top_t]:
-            if top_t is None or not k - 1 <= top_t <= e - 1:
-                raise ValueError(
-                    f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; "
-                    "choose it there"
-                )
         for layer, rows in enumerate(rule.lists):
-            check_lists(rows, e, where=f"layer {layer}")
+            self._check_top_t(layer)
+            check_lists(rows, self.experts_in(layer), where=f"layer {layer}")
         if rule.rule == "c2r_grouped":
             self._check_groups()
         return self
 
+    def _check_top_t(self, layer: int) -> None:
+        k, e = self.top_k, self.experts_in(layer)
+        top_t = self.routing.top_t
+        if isinstance(top_t, list):
+            top_t = top_t[layer] if layer < len(top_t) else k - 1  # a table too short is refused with its model
+        if top_t is None or not k - 1 <= top_t <= e - 1:
+            raise ValueError(
+                f"routing.top_t ({top_t}) must be in k-1..E-1 = {k - 1}..{e - 1} for k={k} of {e} experts; "
+                "choose it there"
+            )
+
     def _check_limited(self) -> None:
         groups, rule = self.routing.num_groups, self.routing
-        if groups is None or rule.max_devices is None or groups < 1 or self.num_experts % groups:
-            raise ValueError(
-                f"routing.num_groups ({groups}) must divide the {self.num_experts} experts into equal groups for rule "
-                "group_limited; choose a divisor"
-            )
-        for m in rule.max_devices if isinstance(rule.max_devices, list) else [rule.max_devices]:
-            if not 1 <= m <= groups or m * (self.num_experts // groups) < self.top_k:
+        for e in self.experts_of_layer or [self.num_experts]:
+            if groups is None or rule.max_devices is None or groups < 1 or e % groups:
                 raise ValueError(
-                    f"routing.max_devices ({m}) of {groups} groups hold {m * (self.num_experts // groups)} experts, "
-                    f"it must be in 1..{groups} and hold top_k ({self.top_k}); choose another"
+                    f"routing.num_groups ({groups}) must divide the {e} experts into equal groups for rule "
+                    "group_limited; choose a divisor"
                 )
+            for m in rule.max_devices if isinstance(rule.max_devices, list) else [rule.max_devices]:
+                if not 1 <= m <= groups or m * (e // groups) < self.top_k:
+                    raise ValueError(
+                        f"routing.max_devices ({m}) of {groups} groups hold {m * (e // groups)} experts, "
+                        f"it must be in 1..{groups} and hold top_k ({self.top_k}); choose another"
+                    )
 
     def _check_groups(self) -> None:
         rule = self.routing
@@ -156,10 +184,10 @@ class MoEConfig(_Part):
                     f"routing.{name} has {len(table)} layers, the placement {len(rule.device_of_expert)}; correct it"
                 )
         for layer, devices in enumerate(rule.device_of_expert):
-            if len(devices) != self.num_experts:
+            if len(devices) != self.experts_in(layer):
                 raise ValueError(
                     f"routing.device_of_expert of layer {layer} has {len(devices)} entries, the layer has "
-                    f"{self.num_experts} experts; make the placement from a profile of this model"
+                    f"{self.experts_in(layer)} experts; make the placement from a profile of this model"
                 )
             _, m = rule.in_layer(layer)
             smallest = sorted(devices.count(d) for d in set(devices))[:m]
@@ -216,7 +244,8 @@ class ModelConfig(_Part):
         tables = {f"routing.{name}": getattr(routing, name) for name in _BY_LAYER}
         count = 0 if self.moe is None else self.num_layers - len(self.dense_layers)
         if self.moe is not None:
-            tables |= {"moe.score_scale": self.moe.score_scale, "moe.expert_sizes": self.moe.expert_sizes}
+            per_layer = ("score_scale", "expert_sizes", "experts_of_layer")
+            tables |= {f"moe.{name}": getattr(self.moe, name) for name in per_layer}
         for name, table in tables.items():
             if isinstance(table, list) and len(table) != count:
                 raise ValueError(f"{name} has {len(table)} layers, the model has {count}; make it for this model")
@@ -232,7 +261,9 @@ class ModelConfig(_Part):
 
     def moe_of(self, layer: int) -> MoEConfig | None:
         """The mixture of experts of one layer; None: its FFN is dense."""
-        return None if layer in self.dense_layers else self.moe
+        if self.moe is None or layer in self.dense_layers:
+            return None
+        return self.moe.in_layer(self.moe_index(layer))
 
     def dense_size(self, layer: int) -> int:
         """Hidden width of the FFN of a dense layer."""
@@ -240,11 +271,21 @@ class ModelConfig(_Part):
 
     def moe_layers(self) -> list[int]:
         """The layers with experts, ascending: what tables, profiles and placements have a row for."""
-        return [layer for layer in range(self.num_layers) if self.moe_of(layer) is not None]
+        return [] if self.moe is None else [n for n in range(self.num_layers) if n not in self.dense_layers]
+
+    def experts_of_layer(self) -> list[int]:
+        """[L]: how many experts each of them has."""
+        return [] if self.moe is None else [self.moe.experts_in(row) for row in range(len(self.moe_layers()))]
 
     def moe_index(self, layer: int) -> int:
         """Which row of a table a layer with experts has."""
         return layer - sum(dense < layer for dense in self.dense_layers)
+
+
+def in_words(experts_of_layer: Sequence[int]) -> str:
+    """`4 layers of 8 experts`, or `3 layers of 4, 4, 8 experts`."""
+    each = ", ".join(map(str, experts_of_layer if len(set(experts_of_layer)) > 1 else experts_of_layer[:1]))
+    return f"{len(experts_of_layer)} layers of {each} experts"
 
 
 def check_lists(rows: list[list[int]], num_experts: int, *, where: str) -> None:

@@ -38,7 +38,7 @@ class MoELayer(nn.Module):
             width, count = moe.residual_hidden_size, moe.residual_experts
             self.residual = ResidualExperts(hidden_size, width, count, moe.residual_scale)
         self.keeps_less = False
-        self.join(Site.of(placement, layer, placement.cut(1), 0), Link(Alone(), Ledger(), layer))
+        self.join(Site.of(placement, layer, 1, 0), Link(Alone(), Ledger(), layer))
 
     def join(self, site: Site, *links: Link, fp8: bool = False, fixed_rows: int | None = None) -> None:
         """Become the part of the layer that `site` describes; makes new, empty expert weights of its size.

@@ -114,10 +114,10 @@ def _join_ranks(
     travel: MoESection,
 ) -> None:
     """Make the MoE layers parts of their group."""
-    cut, rank = placement.cut(meshes.experts["ep"].size()), dist.get_rank(meshes.dispatch)
+    ep_size, rank = meshes.experts["ep"].size(), dist.get_rank(meshes.dispatch)
     per_copy, parts = travel.combine == "per_expert", meshes.experts["etp"].size()
     for i, moe in model.moe_layers().items():
-        site = Site.of(placement, model.config.moe_index(i), cut, rank, one_row_per_copy=per_copy, parts=parts)
+        site = Site.of(placement, model.config.moe_index(i), ep_size, rank, one_row_per_copy=per_copy, parts=parts)
         moe.join(site, *connection.links(ledger, i), fp8=travel.fp8_dispatch, fixed_rows=travel.fixed_rows)
 
 

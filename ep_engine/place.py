@@ -20,6 +20,7 @@ from ep_engine.collaboration import Profile
 from ep_engine.config import load_config
 from ep_engine.errors import UserError
 from ep_engine.locality import Counted, Figures, bound_layer, describe_layer, replicated_load, uniform_layer
+from ep_engine.model_config import in_words
 from ep_engine.placement import Placement, read_placement
 from ep_engine.solver import ANY, Effort, Found, least_room, solve
 
@@ -76,22 +77,20 @@ def place(
         raise UserError(
             "--objective distinct-devices needs the experts of every token, a profile has pairs only; give --trace"
         )
-    contiguous = Placement.contiguous(profile.num_experts, devices, profile.num_layers, nodes=nodes)
-    by_id = contiguous.device_of_expert(0)
+    contiguous = Placement.in_order(profile.experts_of_layer, devices, nodes=nodes)
     threads = min(os.cpu_count() or 1, profile.num_layers)
     seconds = math.inf if time_limit is None else time_limit * threads / profile.num_layers
 
     def one(layer: int) -> tuple[list[int], dict[str, Any]]:
         ids_TK = None if ids_LTK is None else ids_LTK[layer]
-        of = Counted(profile.counts[layer], profile.load[layer], profile.top_k, ids_TK)
-        found, cap = search_layer(
-            of, devices, nodes, objective, load_cap, Effort.for_experts(profile.num_experts, seed + layer, seconds)
-        )
-        figures = _figures(of, found, by_id, devices, nodes) | {"load_cap": cap}
+        of = Counted(profile.counts_of_layer[layer], profile.load_of_layer[layer], profile.top_k, ids_TK)
+        effort = Effort.for_experts(len(of.load_E), seed + layer, seconds)
+        found, cap = search_layer(of, devices, nodes, objective, load_cap, effort)
+        figures = _figures(of, found, contiguous.device_of_expert(layer), devices, nodes) | {"load_cap": cap}
         figures["gap"] = 0.0 if found.proven else _gap(figures["placed"], figures["bound"], objective)
         if replicas:
             figures["load_with_replicas"] = replicated_load(of.load_E, found.device_of_expert, devices, replicas)
-        return _slots(found.device_of_expert, contiguous), figures
+        return _slots(found.device_of_expert, devices, contiguous.slots_per_device(layer)), figures
 
     layers, figures_of_layer = [], []
     with ThreadPoolExecutor(threads) as pool:
@@ -101,8 +100,8 @@ def place(
             advance(len(layers))
     if strict:
         _refuse_other_caps(figures_of_layer, load_cap)
-    uniform = uniform_layer(profile.num_experts, profile.top_k, devices, nodes)
-    found = _over_layers(figures_of_layer, uniform, objective, load_cap)
+    uniform = [uniform_layer(e, profile.top_k, devices, nodes) for e in profile.experts_of_layer]
+    found = _over_layers(figures_of_layer, _means(uniform), objective, load_cap)
     return contiguous.model_copy(update={"layers": layers}), found
 
 
@@ -132,10 +131,9 @@ def asked_of(
 
 def check_fits(profile: Profile, devices: int, path: Path) -> None:
     """UserError unless the profile's experts can be spread over the devices."""
-    if not 1 <= devices <= profile.num_experts:
-        raise UserError(
-            f"--devices ({devices}) must be in 1..{profile.num_experts}, the experts of {path}; choose it there"
-        )
+    fewest = min(profile.experts_of_layer)
+    if not 1 <= devices <= fewest:
+        raise UserError(f"--devices ({devices}) must be in 1..{fewest}, the experts of {path}; choose it there")
 
 
 def parse_cap(text: str) -> float | None:
@@ -154,22 +152,20 @@ def on_other_text(placement: Placement, other: Profile, path: Path) -> dict[str,
     Raises:
         UserError: it is of another model.
     """
-    if (other.num_layers, other.num_experts) != (len(placement.layers), placement.num_experts):
+    if other.experts_of_layer != placement.experts_of_layer:
         raise UserError(
-            f"--check {path} has {other.num_layers} layers of {other.num_experts} experts, the placement "
-            f"{len(placement.layers)} of {placement.num_experts}; profile the same model"
+            f"--check {path} has {in_words(other.experts_of_layer)}, the placement "
+            f"{in_words(placement.experts_of_layer)}; profile the same model"
         )
     devices, nodes = placement.devices, placement.nodes
-    contiguous = Placement.contiguous(other.num_experts, devices, other.num_layers, nodes=nodes)
+    contiguous = Placement.in_order(other.experts_of_layer, devices, nodes=nodes)
     found: dict[str, Figures] = {}
     for name, held in (("placed", placement), ("contiguous", contiguous)):
         layers = [
-            describe_layer(
-                Counted(other.counts[n], other.load[n], other.top_k, None), held.device_of_expert(n), devices, nodes
-            )
-            for n in range(other.num_layers)
+            describe_layer(Counted(counts_EE, load_E, other.top_k, None), held.device_of_expert(n), devices, nodes)
+            for n, (counts_EE, load_E) in enumerate(zip(other.counts_of_layer, other.load_of_layer, strict=True))
         ]
-        found[name] = {key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}
+        found[name] = _means(layers)
     return found
 
 
@@ -245,11 +241,11 @@ def _gap(found: Figures, bound: Figures, objective: Objective) -> float:
     return away / sum(weights.values())
 
 
-def _slots(device_of_expert: list[int], like: Placement) -> list[int]:
+def _slots(device_of_expert: list[int], devices: int, per_device: int) -> list[int]:
     slots = []
-    for device in range(like.devices):
+    for device in range(devices):
         held = [expert for expert, d in enumerate(device_of_expert) if d == device]
-        slots += held + [-1] * (like.slots_per_device - len(held))
+        slots += held + [-1] * (per_device - len(held))
     return slots
 
 
@@ -262,12 +258,16 @@ def _refuse_other_caps(layers: list[dict[str, Any]], load_cap: float | None) -> 
             )
 
 
+def _means(layers: list[Figures]) -> Figures:
+    return {key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}
+
+
 def _over_layers(
     layers: list[dict[str, Any]], uniform: Figures, objective: Objective, load_cap: float | None
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"objective": objective, "load_cap": load_cap}
     for name in ("placed", "contiguous", "bound"):
-        found[name] = {key: float(np.mean([layer[name][key] for layer in layers])) for key in layers[0][name]}
+        found[name] = _means([layer[name] for layer in layers])
     if "load_with_replicas" in layers[0]:
         found["load_with_replicas"] = float(np.mean([layer["load_with_replicas"] for layer in layers]))
     return found | {

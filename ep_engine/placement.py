@@ -2,12 +2,12 @@
 
 A placement is metadata. On disk experts have logical ids, so any placement and any cut can load any checkpoint.
 
-Letters:  E experts   D devices   S = ceil(E / D) slots of one device   P ranks of the expert-parallel group
+Letters:  E experts of a layer   D devices   S = ceil(E / D) slots of one device   P ranks of the expert-parallel group
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -50,10 +50,10 @@ class Placement(BaseModel):
             raise ValueError("layers of a placement must not be empty; place again")
         for i, slots in enumerate(self.layers):
             held = sorted(e for e in slots if e >= 0)
-            if held != list(range(self.num_experts)) or not held:
+            if held != list(range(len(held))) or not held:
                 raise ValueError(
-                    f"layer {i} of the placement ({self.num_experts} experts) must hold each expert once, got {slots}; "
-                    "place again"
+                    f"layer {i} of the placement ({max(held, default=-1) + 1} experts) must hold each expert once, got "
+                    f"{slots}; place again"
                 )
             if len(slots) != self.devices * _slots_per_device(len(held), self.devices):
                 raise ValueError(
@@ -64,46 +64,45 @@ class Placement(BaseModel):
 
     @classmethod
     def contiguous(cls, num_experts: int, devices: int, num_layers: int, *, nodes: int = 1) -> Self:
+        """`in_order` for layers of the same number of experts."""
+        return cls.in_order([num_experts] * num_layers, devices, nodes=nodes)
+
+    @classmethod
+    def in_order(cls, experts_of_layer: Sequence[int], devices: int, *, nodes: int = 1) -> Self:
         """Experts in the order of their ids, on a tree of the prime factors of nodes and of devices per node."""
-        if not 1 <= devices <= num_experts:
+        fewest = min(experts_of_layer)
+        if not 1 <= devices <= fewest:
             raise UserError(
-                f"{num_experts} experts do not fit {devices} devices, each must hold at least one; use fewer devices"
+                f"{fewest} experts do not fit {devices} devices, each must hold at least one; use fewer devices"
             )
         if devices % nodes:
             raise UserError(f"nodes ({nodes}) must divide devices ({devices}); give every node the same number")
-        per_device = _slots_per_device(num_experts, devices)
-        # Spread evenly: with 60 experts on 8 devices no device is left with much less than the others.
-        slots = [-1] * (devices * per_device)
-        for expert in range(num_experts):
-            device = expert * devices // num_experts
-            first = -(-device * num_experts // devices)
-            slots[device * per_device + expert - first] = expert
         factors = [*prime_factors(nodes), *prime_factors(devices // nodes)] or [1]
         while len(factors) >= MAX_TREE_LEVELS:  # one level is the devices' own
             factors[-2:] = [factors[-2] * factors[-1]]
-        return cls(devices=devices, nodes=nodes, factors=tuple(factors), layers=[slots] * num_layers)
+        layers = [_spread(num_experts, devices) for num_experts in experts_of_layer]
+        return cls(devices=devices, nodes=nodes, factors=tuple(factors), layers=layers)
 
     @property
-    def num_experts(self) -> int:
-        """E."""
-        return sum(expert >= 0 for expert in self.layers[0])
+    def experts_of_layer(self) -> list[int]:
+        """[L]: E of every layer."""
+        return [sum(expert >= 0 for expert in slots) for slots in self.layers]
 
-    @property
-    def slots_per_device(self) -> int:
+    def slots_per_device(self, layer: int) -> int:
         """S."""
-        return len(self.layers[0]) // self.devices
+        return len(self.layers[layer]) // self.devices
 
     def device_of_expert(self, layer: int) -> list[int]:
         """[E]: the device of every expert of a layer."""
-        return [slot // self.slots_per_device for slot in self.slot_of_expert(layer)]
+        return [slot // self.slots_per_device(layer) for slot in self.slot_of_expert(layer)]
 
     def slot_of_expert(self, layer: int) -> list[int]:
         """[E]: the slot of every expert of a layer, in [0, D * S)."""
         slots = self.layers[layer]
         return sorted((s for s in range(len(slots)) if slots[s] >= 0), key=lambda s: slots[s])
 
-    def cut(self, ep_size: int) -> "Cut":
-        """How P ranks share the tree; UserError if P is no product of leading factors."""
+    def cut(self, ep_size: int, layer: int = 0) -> "Cut":
+        """How P ranks share the tree and the slots of a layer; UserError if P is no product of leading factors."""
         sizes = _products(self.factors)
         if ep_size not in sizes:
             raise UserError(
@@ -115,8 +114,8 @@ class Placement(BaseModel):
         below = [f for f in self.factors[sizes.index(ep_size) :] if f > 1]
         return Cut(
             ep_size=ep_size,
-            slots_per_rank=len(self.layers[0]) // ep_size,
-            group_sizes_of_slots=_running(self.slots_per_device, reversed(below)),
+            slots_per_rank=len(self.layers[layer]) // ep_size,
+            group_sizes_of_slots=_running(self.slots_per_device(layer), reversed(below)),
             group_sizes_of_ranks=_running(1, reversed(above))[1:] or [1],
         )
 
@@ -168,6 +167,17 @@ def prime_factors(number: int) -> tuple[int, ...]:
 
 def _slots_per_device(num_experts: int, devices: int) -> int:
     return -(-num_experts // devices)
+
+
+def _spread(num_experts: int, devices: int) -> list[int]:
+    """Evenly: with 60 experts on 8 devices no device is left with much less than the others."""
+    per_device = _slots_per_device(num_experts, devices)
+    slots = [-1] * (devices * per_device)
+    for expert in range(num_experts):
+        device = expert * devices // num_experts
+        first = -(-device * num_experts // devices)
+        slots[device * per_device + expert - first] = expert
+    return slots
 
 
 def _products(factors: tuple[int, ...]) -> list[int]:

@@ -72,7 +72,7 @@ def compare(placement: Placement, recent: Profile, step: int, stored: Profile | 
     effort = Effort.for_experts(recent.num_experts, seed=0, seconds=SECONDS / recent.num_layers)
     in_use, solved = [], []
     for layer in range(recent.num_layers):
-        of = Counted(recent.counts[layer], recent.load[layer], recent.top_k)
+        of = Counted(recent.counts_of_layer[layer], recent.load_of_layer[layer], recent.top_k)
         if not of.counts_EE.any():
             continue
         found, _ = search_layer(of, devices, nodes, "pairs", LOAD_CAP, effort)
@@ -84,7 +84,7 @@ def compare(placement: Placement, recent: Profile, step: int, stored: Profile | 
         "solved": float(np.mean(solved)) if solved else math.nan,
     }
     if stored is not None:
-        result["drift"] = drift(stored.counts, recent.counts)
+        result["drift"] = drift(stored.counts_of_layer, recent.counts_of_layer)
     if in_use and result["solved"] - result["in_use"] > ALARM:
         result["alarm"] = (
             f"the placement in use has {result['in_use']:.1%} of the pairs of the last steps inside devices, one "

@@ -41,9 +41,17 @@ class Site:
 
     @classmethod
     def of(
-        cls, placement: Placement, layer: int, cut: Cut, rank: int, *, one_row_per_copy: bool = False, parts: int = 1
+        cls,
+        placement: Placement,
+        layer: int,
+        ep_size: int,
+        rank: int,
+        *,
+        one_row_per_copy: bool = False,
+        parts: int = 1,
     ) -> "Site":
         """The site of `layer` on `rank` of a group that cuts the placement's tree, each cut shared by `parts` ranks."""
+        cut = placement.cut(ep_size, layer)
         slots, per_rank = placement.slot_of_expert(layer), cut.slots_per_rank
         of_part = [(s // per_rank * parts + part) * per_rank + s % per_rank for s in slots for part in range(parts)]
         return cls(cut.in_parts(parts), rank, of_part, one_row_per_copy, parts)

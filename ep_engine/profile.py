@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def profile(
     _check(folder, config, batches, tokens, max_tokens, sequence_length, num_windows, world)
     assert config.moe is not None, "just checked"
     device = world.pick_device("auto")
-    ep_size = max(n for n in range(1, config.moe.num_experts + 1) if world.size % n == 0)
+    ep_size = max(n for n in range(1, min(config.experts_of_layer()) + 1) if world.size % n == 0)
     about = {
         "tokens": num_windows * sequence_length,
         "seed": seed,
@@ -100,7 +101,7 @@ def profile(
     }
     settings = about | {"sequence_length": sequence_length}
     with process_groups(world, device, ep_size, timeout_s, settings=settings) as meshes:
-        placement = Placement.contiguous(config.moe.num_experts, ep_size, len(config.moe_layers()))
+        placement = Placement.in_order(config.experts_of_layer(), ep_size)
         (model,), _ = build(
             config, placement, meshes, device=device, dtype=torch.float32, tokens=_ROWS * sequence_length
         )
@@ -119,7 +120,8 @@ def profile(
                 if passes & (passes - 1) == 0 or done == num_windows * sequence_length:
                     counter.compare_halves(done // 2, meshes)
                 advance(done)
-        counted = Profile.of_pairs(counter.total(meshes).sum(axis=0), config.moe.top_k, about)
+        pairs_LEE = counter.total(meshes).sum(axis=0)
+        counted = Profile.of_pairs(pairs_LEE, config.moe.top_k, about, config.experts_of_layer())
         ids_LTK = counter.of_all(counter.ids, meshes) if keep_ids else None
         return Profiled(
             counted, counter.halves, ids_LTK, counter.of_all(counter.scores, meshes) if keep_scores else None
@@ -162,7 +164,8 @@ class _Counter:
         self, config: ModelConfig, sequence_length: int, device: torch.device, keep_ids: bool, keep_scores: bool
     ) -> None:
         assert config.moe is not None, "the caller has asked"
-        layers, experts = len(config.moe_layers()), config.moe.num_experts
+        self.experts_of_layer, experts = config.experts_of_layer(), config.moe.num_experts
+        layers = len(self.experts_of_layer)
         self.pairs_2LEE = torch.zeros(2, layers, experts, experts, dtype=torch.int64, device=device)
         self.halves: list[tuple[int, float]] = []
         self.first_window = 0
@@ -180,7 +183,9 @@ class _Counter:
             if self._keep_ids:
                 self.ids[layer].append(router.ids_TK.to("cpu", torch.int16))
             if self._keep_scores:
-                self.scores[layer].append(router.logits_TE.to("cpu", torch.float16))
+                missing = self.pairs_2LEE.shape[2] - router.logits_TE.shape[1]
+                scores_TE = router.logits_TE.to("cpu", torch.float16)
+                self.scores[layer].append(F.pad(scores_TE, (0, missing), value=-math.inf))
         return x
 
     def total(self, meshes: Meshes) -> NDArray[np.int64]:
@@ -193,7 +198,8 @@ class _Counter:
     def compare_halves(self, tokens: int, meshes: Meshes) -> None:
         """Note how well the windows with even and with odd numbers agree, all ranks together."""
         even, odd = self.total(meshes)
-        found = [one for one in agreement(even, odd) if not math.isnan(one)]
+        own = [(a[:e, :e], b[:e, :e]) for a, b, e in zip(even, odd, self.experts_of_layer, strict=True)]
+        found = [one for one in agreement(*zip(*own, strict=True)) if not math.isnan(one)]
         if found:
             self.halves.append((tokens, float(np.mean(found))))
 

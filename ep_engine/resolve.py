@@ -14,7 +14,7 @@ from ep_engine.config import RunConfig, differing
 from ep_engine.constrain import routed
 from ep_engine.errors import UserError
 from ep_engine.layout import check_ranks, check_split, make_stages
-from ep_engine.model_config import ModelConfig, first_sentence, read_model_config
+from ep_engine.model_config import ModelConfig, first_sentence, in_words, read_model_config
 from ep_engine.ops import MAX_SHARERS, MAX_TOP_K
 from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
@@ -209,7 +209,8 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
         if "load_balance" in differing(config.train):
             raise UserError("train.load_balance has no effect on a dense model; leave it out, or split the model first")
         return None
-    num_layers, num_experts = len(model.moe_layers()), model.moe.num_experts
+    experts_of_layer = model.experts_of_layer()
+    fewest = min(experts_of_layer)
     if model.moe.top_k * etp > MAX_TOP_K:
         times = f" times parallel.expert_tensor_parallel_size ({etp})" if etp > 1 else ""
         raise UserError(
@@ -221,18 +222,18 @@ def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
             f"parallel.expert_tensor_parallel_size ({etp}) must divide the hidden size of the model's experts "
             f"({model.moe.expert_hidden_size}); choose a smaller one"
         )
-    if ep_size > num_experts:
+    if ep_size > fewest:
         raise UserError(
-            f"parallel.expert_parallel_size ({ep_size}) is larger than the model's number of experts ({num_experts}): "
+            f"parallel.expert_parallel_size ({ep_size}) is larger than the model's number of experts ({fewest}): "
             "every rank must hold one; use fewer ranks"
         )
     if config.moe.placement is None:
-        return Placement.contiguous(num_experts, ep_size, num_layers)
+        return Placement.in_order(experts_of_layer, ep_size)
     placement = read_placement(config.moe.placement)
-    if (len(placement.layers), placement.num_experts) != (num_layers, num_experts):
+    if placement.experts_of_layer != experts_of_layer:
         raise UserError(
-            f"moe.placement {config.moe.placement} has {len(placement.layers)} layers of {placement.num_experts} "
-            f"experts, the model {num_layers} of {num_experts}; place a profile of this model"
+            f"moe.placement {config.moe.placement} has {in_words(placement.experts_of_layer)}, the model "
+            f"{in_words(experts_of_layer)}; place a profile of this model"
         )
     placement.cut(ep_size)
     return placement

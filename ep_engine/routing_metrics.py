@@ -40,10 +40,12 @@ class RoutingMetrics:
     ) -> None:
         self._watch, self._ledger, self._group, self._top_k = watch, ledger, group, top_k
         device, layers = watch.load_LE.device, range(watch.num_layers)
-        cut = placement.cut(ep_size)
-        slots_LE = torch.tensor([placement.slot_of_expert(layer) for layer in layers], device=device)
-        self._rank_of_expert_LE, self._ep_size = slots_LE // cut.slots_per_rank, cut.ep_size
-        homes_LE = slots_LE // placement.slots_per_device
+        self._ep_size, per_rank = ep_size, placement.devices // ep_size
+        # Where there are fewer experts than in another layer, nobody counts what is beyond.
+        homes = [placement.device_of_expert(layer) for layer in layers]
+        filled = [devices + [0] * (watch.load_LE.shape[1] - len(devices)) for devices in homes]
+        homes_LE = torch.tensor(filled, device=device)
+        self._rank_of_expert_LE = homes_LE // per_rank
         self._together_LEE = homes_LE[:, :, None] == homes_LE[:, None, :]
         self._pairs_seen_L2 = torch.zeros(watch.num_layers, 2, dtype=torch.int64, device=device)
         self._pairs_taken_LEE: Tensor | None = None  # by the last `recent`
@@ -105,7 +107,7 @@ class RoutingMetrics:
         recent_LEE = now_LEE - (0 if self._pairs_taken_LEE is None else self._pairs_taken_LEE)
         self._pairs_taken_LEE = now_LEE
         dist.all_reduce(recent_LEE, group=self._group)
-        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about)
+        return Profile.of_pairs(recent_LEE.cpu().numpy(), self._top_k, about, self._watch.experts_L)
 
     def _inside(self) -> float:
         """Share of pairs inside a device, as the mean over layers."""

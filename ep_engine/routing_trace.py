@@ -7,6 +7,7 @@ not read. With `scores` (L, T, E) beside them, the routers' logits in 16 bits, o
 Shape letters:  L MoE layers   T tokens of a step, on all ranks   K top_k   E experts
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ep_engine.collaboration import UNREADABLE, read_profile, why_unreadable
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig
+from ep_engine.model_config import ModelConfig, in_words
 from ep_engine.output import whole_file
 from ep_engine.selection import make_rule
 
@@ -39,10 +40,10 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
     """
     moe = model.moe
     assert moe is not None, "the caller has asked"
-    num_layers = len(model.moe_layers())
+    experts_of_layer = model.experts_of_layer()
     ids_LTK = _array(path)
     if ids_LTK is not None:
-        ids_LTK = _checked(ids_LTK, path, num_layers, moe.num_experts, moe.top_k)
+        ids_LTK = _checked(ids_LTK, path, experts_of_layer, moe.top_k)
         if ids_LTK.shape[1] < num_tokens:
             raise UserError(
                 f"trace {path} has {ids_LTK.shape[1]} tokens, a step of the run has {num_tokens} (data.batch_size "
@@ -50,10 +51,10 @@ def read_trace(path: Path, model: ModelConfig, num_tokens: int, seed: int) -> tu
             )
         return ids_LTK[:, :num_tokens], f"trace {path}"
     profile = read_profile(path)
-    if (profile.num_layers, profile.num_experts) != (num_layers, moe.num_experts):
+    if profile.experts_of_layer != experts_of_layer:
         raise UserError(
-            f"profile {path} has {profile.num_layers} layers of {profile.num_experts} experts, the model "
-            f"{num_layers} of {moe.num_experts}; profile this model"
+            f"profile {path} has {in_words(profile.experts_of_layer)}, the model {in_words(experts_of_layer)}; profile "
+            "this model"
         )
     what = f"drawn with the loads of profile {path}, seed {seed}"
     return draw_routing(model, num_tokens, seed, torch.from_numpy(profile.load)), what
@@ -68,16 +69,16 @@ def draw_routing(model: ModelConfig, num_tokens: int, seed: int, load_LE: Tensor
     moe = model.moe
     assert moe is not None, "the caller has asked"
     generator = torch.Generator().manual_seed(seed)
-    count, num_layers = min(num_tokens, DRAWN), len(model.moe_layers())
-    ids_LTK = torch.empty(num_layers, count, moe.top_k, dtype=torch.int16)
-    for layer in range(num_layers):
-        bias_E = torch.zeros(moe.num_experts) if load_LE is None else load_LE[layer].clamp(min=0.5).log().float()
-        gumbel_TE = -torch.empty(count, moe.num_experts).exponential_(generator=generator).log()
-        ids_LTK[layer] = make_rule(moe, layer).select(bias_E + gumbel_TE)
+    count, experts_of_layer = min(num_tokens, DRAWN), model.experts_of_layer()
+    ids_LTK = torch.empty(len(experts_of_layer), count, moe.top_k, dtype=torch.int16)
+    for layer, experts in enumerate(experts_of_layer):
+        bias_E = torch.zeros(experts) if load_LE is None else load_LE[layer, :experts].clamp(min=0.5).log().float()
+        gumbel_TE = -torch.empty(count, experts).exponential_(generator=generator).log()
+        ids_LTK[layer] = make_rule(moe.in_layer(layer), layer).select(bias_E + gumbel_TE)
     return ids_LTK if count == num_tokens else ids_LTK.repeat(1, -(-num_tokens // count), 1)[:, :num_tokens]
 
 
-def read_ids(path: Path, num_layers: int, num_experts: int, top_k: int) -> Tensor:
+def read_ids(path: Path, experts_of_layer: Sequence[int], top_k: int) -> Tensor:
     """All experts of a trace, (L, T, K) int16.
 
     Raises:
@@ -86,7 +87,7 @@ def read_ids(path: Path, num_layers: int, num_experts: int, top_k: int) -> Tenso
     ids = _array(path)
     if ids is None:
         raise UserError(f"trace {path} has no array `ids` (L, T, K); make one with `ep-engine profile --trace`")
-    return _checked(ids, path, num_layers, num_experts, top_k)
+    return _checked(ids, path, experts_of_layer, top_k)
 
 
 def choose_again(path: Path, ids_LTK: Tensor, model: ModelConfig) -> Tensor:
@@ -104,12 +105,16 @@ def choose_again(path: Path, ids_LTK: Tensor, model: ModelConfig) -> Tensor:
             "with `ep-engine profile --trace --scores`"
         )
     shape = (*ids_LTK.shape[:2], moe.num_experts)
-    if not scores_LTE.is_floating_point() or scores_LTE.shape != shape or not scores_LTE.isfinite().all():
+    finite = scores_LTE.is_floating_point() and scores_LTE.shape == shape
+    if not finite or not all(scores_LTE[n, :, :e].isfinite().all() for n, e in enumerate(model.experts_of_layer())):
         raise UserError(
             f"trace {path} must have finite `scores` of {shape}, got {tuple(scores_LTE.shape)} of {scores_LTE.dtype}; "
             "trace this model"
         )
-    chosen = [make_rule(moe, layer).select(scores_TE.float()) for layer, scores_TE in enumerate(scores_LTE)]
+    chosen = [
+        make_rule(moe.in_layer(n), n).select(scores_LTE[n, :, :e].float())
+        for n, e in enumerate(model.experts_of_layer())
+    ]
     return torch.stack(chosen).to(torch.int16)
 
 
@@ -124,7 +129,8 @@ def _array(path: Path, name: str = "ids") -> Tensor | None:
     return None if found is None else torch.from_numpy(np.ascontiguousarray(found))
 
 
-def _checked(ids_LTK: Tensor, path: Path, num_layers: int, num_experts: int, top_k: int) -> Tensor:
+def _checked(ids_LTK: Tensor, path: Path, experts_of_layer: Sequence[int], top_k: int) -> Tensor:
+    num_layers = len(experts_of_layer)
     whole = not (ids_LTK.is_floating_point() or ids_LTK.is_complex() or ids_LTK.dtype == torch.bool)
     if not whole or ids_LTK.ndim != 3 or (len(ids_LTK), ids_LTK.shape[2]) != (num_layers, top_k):
         raise UserError(
@@ -132,10 +138,13 @@ def _checked(ids_LTK: Tensor, path: Path, num_layers: int, num_experts: int, top
             f"{tuple(ids_LTK.shape)} of {ids_LTK.dtype}; trace this model"
         )
     ids_LTK = ids_LTK.long()
-    outside = (ids_LTK < 0) | (ids_LTK >= num_experts)
+    experts_L = torch.tensor(experts_of_layer)
+    outside = (ids_LTK < 0) | (ids_LTK >= experts_L[:, None, None])
     if outside.any():
+        layer = int(outside.nonzero()[0, 0])
         raise UserError(
-            f"trace {path} names expert {int(ids_LTK[outside][0])}, the model has {num_experts}; trace this model"
+            f"trace {path} names expert {int(ids_LTK[outside][0])}, the model has {experts_of_layer[layer]}; trace this"
+            " model"
         )
     if (ids_LTK.sort(dim=2).values.diff(dim=2) == 0).any():
         raise UserError(f"trace {path} names an expert twice for one token; write its experts once each")

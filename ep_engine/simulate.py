@@ -132,7 +132,7 @@ def _counted(config: RunConfig, cluster: Cluster, trace: Path) -> Case:
 def _experts(trace: Path, model: ModelConfig) -> Tensor:
     moe = model.moe
     assert moe is not None, "the caller has asked"
-    ids_LTK = read_ids(trace, len(model.moe_layers()), moe.num_experts, moe.top_k)
+    ids_LTK = read_ids(trace, model.experts_of_layer(), moe.top_k)
     return ids_LTK if moe.routing.rule == "topk" else choose_again(trace, ids_LTK, model)
 
 

@@ -1,6 +1,6 @@
 """Watch: what a run learns of its routers while it trains, and the loss that keeps their experts equally busy.
 
-Shape letters:  L MoE layers of the model   E experts
+Shape letters:  L MoE layers of the model   E experts of a layer, or the most that one has
 """
 
 import torch
@@ -48,13 +48,12 @@ class RouterWatch:
         num_parts: int,
         counts_pairs: bool = True,
     ) -> None:
-        moes = [moe for moe in map(model.moe_of, range(model.num_layers)) if moe is not None]
-        self.layers, self.experts_L = model.moe_layers(), [moe.num_experts for moe in moes]
-        self.num_layers, experts = len(moes), max(self.experts_L, default=0)
+        self.layers, self.experts_L = model.moe_layers(), model.experts_of_layer()
+        self.num_layers, experts = len(self.layers), max(self.experts_L, default=0)
         self.load_LE, self.importance_LE = torch.zeros(2, self.num_layers, experts, device=device)
         self.tokens_L, self.entropy_L, self.dropped_L = torch.zeros(3, self.num_layers, device=device)
         # Made here: all ranks name the same losses, whatever layers they have.
-        self.losses = {"load_balance": torch.zeros((), device=device)} if moes and coefficient else {}
+        self.losses = {"load_balance": torch.zeros((), device=device)} if model.moe and coefficient else {}
         self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
         self._stage, self._coefficient, self._num_parts = stage, coefficient / num_parts, num_parts
         self._num_tokens, self._of_plain, self.counts_pairs = num_tokens, of_plain, counts_pairs

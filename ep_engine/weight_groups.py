@@ -93,7 +93,7 @@ def stage_weights(
         if routers:
             of_layer[i].append(group(routers, "stage", _FLOAT))
         if model.moe_of(i) is not None and model.moe is not None and placement is not None:
-            slots = placement.cut(parallel.expert_parallel_size).slots_per_rank
+            slots = placement.cut(parallel.expert_parallel_size, model.moe_index(i)).slots_per_rank
             width, d = model.moe.expert_hidden_size // parallel.expert_tensor_parallel_size, model.hidden_size
             edp = groups.around(rank, "edp")
             sliced = slices_experts(slots, d, len(edp))

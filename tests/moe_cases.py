@@ -43,8 +43,8 @@ def make_layer(
     moe = MoEConfig(num_experts=num_experts, top_k=top_k, expert_hidden_size=F, gate="mlp", score_scale=2.0)
     placement = shuffled_placement(num_experts, devices)
     layer = MoELayer(moe, D, 0)
-    cut = placement.cut(math.prod(link.transport.size for link in links))
-    site = Site.of(placement, 0, cut, rank, one_row_per_copy=one_row_per_copy)
+    ep_size = math.prod(link.transport.size for link in links)
+    site = Site.of(placement, 0, ep_size, rank, one_row_per_copy=one_row_per_copy)
     layer.join(site, *links, fp8=fp8, fixed_rows=fixed_rows)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

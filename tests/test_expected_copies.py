@@ -71,7 +71,7 @@ def remote_rows(ids_TK: torch.Tensor, num_experts: int, ranks: int, *, per_copy:
             ids_TK,
             slot_of_id,
             num_ranks=ranks,
-            slots_per_rank=placement.slots_per_device,
+            slots_per_rank=placement.slots_per_device(0),
             own_rank=own,
             one_row_per_copy=per_copy,
         )

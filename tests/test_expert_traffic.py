@@ -112,6 +112,11 @@ RUNS: dict[str, tuple[int, int, dict[str, dict[str, Any]]]] = {
             "moe": {"placement": "{folder}/placement.json", "transport": "hierarchical", "fp8_dispatch": True},
         },
     ),
+    "ep2 pyramid": (
+        2,
+        2,
+        {"model": {"checkpoint": "{folder}/pyramid"}, "parallel": {"expert_parallel_size": 2}},
+    ),
     "edp2 ep2 computed again": (4, 2, {"parallel": {"expert_parallel_size": 2}, "train": {"recompute": "full"}}),
     "pp2 ep2 zbv": (
         4,
@@ -135,8 +140,9 @@ def filled(sections: dict[str, dict[str, Any]], folder: Path) -> dict[str, dict[
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trace_of_a_step_predicts_its_ledgers(name: str, folder: Path, tmp_path: Path) -> None:
     world_size, per_node, sections = RUNS[name]
-    if "deep" in str(sections):
-        deepen(folder)
+    for kind, (old, new) in OTHERS.items():
+        if kind in str(sections):
+            other_model(folder / kind, folder / "moe", old, new)
     config = moe_run(folder, **filled(sections, folder))
     run_ranks(_trace_step, config, per_node, tmp_path, world_size=world_size)
     traces = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
@@ -158,12 +164,18 @@ def test_a_trace_of_a_step_predicts_its_ledgers(name: str, folder: Path, tmp_pat
         assert found.ledgers[rank].tokens == tokens_of_layer
 
 
-def deepen(folder: Path) -> None:
-    """A model.json of four layers; weights are not read."""
-    if not (folder / "deep").exists():
-        (folder / "deep").mkdir()
-        text = (folder / "moe" / "model.json").read_text()
-        (folder / "deep" / "model.json").write_text(text.replace('"num_layers": 2', '"num_layers": 4'))
+OTHERS = {
+    "deep": ('"num_layers": 2', '"num_layers": 4'),
+    "pyramid": ('"experts_of_layer": null', '"experts_of_layer": [4, 8]'),
+}
+
+
+def other_model(folder: Path, like: Path, old: str, new: str) -> None:
+    """A model.json with something else in it; weights are not read."""
+    folder.mkdir(exist_ok=True)
+    text = (like / "model.json").read_text()
+    assert old in text
+    (folder / "model.json").write_text(text.replace(old, new))
 
 
 def _trace_step(rank: int, world_size: int, config: RunConfig, per_node: int, results: Path) -> None:

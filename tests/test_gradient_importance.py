@@ -1,12 +1,14 @@
 """Importance by gradients: the sums of a plain loop over transformers' gradients, on one rank and on several."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from checkpoint_tools.cluster import cluster
@@ -112,6 +114,26 @@ def test_from_text_to_experts(at: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run_tool("verify", at / "model", tmp_path / "moe", "--all-experts") == 0
 
 
+def test_a_local_sentence_model_takes_the_place_of_words(tmp_path: Path) -> None:
+    """A BERT of random weights: what it makes of the same text is the same, and of other words something else."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    texts = ["cat sat on mat", "moon sun star orbit"] * 6
+    words = sorted({word for text in texts for word in text.split()})
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    vocabulary = {word: number for number, word in enumerate([*special.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(tmp_path / "bert")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    assert cluster([tmp_path / "text.jsonl"], tmp_path / "out", 2, embed=tmp_path / "bert") == [6, 6]
+    for name in "01":
+        lines = (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()
+        assert len({json.loads(line)["content"] for line in lines}) == 1
+
+
 def test_what_cannot_be_clustered_or_watched_is_refused(
     at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,8 +143,11 @@ def test_what_cannot_be_clustered_or_watched_is_refused(
         assert not (tmp_path / "out").exists()
 
     refused("--clusters (81) must be in 1..80", "cluster", at / "corpus", "--out", tmp_path / "out", "--clusters", 81)
-    embed = ("--embed", tmp_path, "--clusters", 2)
-    refused("needs the library sentence-transformers", "cluster", at / "corpus", "--out", tmp_path / "out", *embed)
+    into = ("cluster", at / "corpus", "--out", tmp_path / "out", "--clusters", 2)
+    refused("holds no sentence-transformers model (no modules.json)", *into, "--embed", at / "corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "sentence_transformers", None)  # as where it is not installed
+        refused("needs the library sentence-transformers", *into, "--embed", at / "model")
     clusters = ("--clusters", at / "clusters")
     refused("has no tokenizer", "importance", dense_folder(tmp_path / "dense"), tmp_path / "out", *clusters)
     refused("holds no .jsonl file", "importance", at / "model", tmp_path / "out", "--clusters", tmp_path / "dense")

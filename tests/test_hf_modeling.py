@@ -219,7 +219,7 @@ BAD_CONFIGS = {
     "no list": ({"collaborative_list": None}, "needs collaborative_list"),
     "rule": ({"routing_rule": "x"}, "routing_rule is 'x', known are topk, group_limited, c2r, c2r_grouped"),
     "grouped": ({"routing_rule": "c2r_grouped"}, "needs device_of_expert and max_devices"),
-    "too few sizes": ({"size_experts": [[6] * 7] * 2}, "size_experts must have 8 sizes for each of 2 layers"),
+    "too few sizes": ({"size_experts": [[6] * 7] * 2}, "size_experts must have 2 to 8 sizes for each of 2 layers"),
     "T of a layer": ({"top_t": [3, 8]}, r"top_t in 1..7, got top_t \[3, 8\]"),
     "groups": ({"routing_rule": "group_limited", "num_groups": 3}, "needs max_devices and num_groups, a divisor of 8"),
     "scales": ({"score_scale_factor": [1.0, 2.0, 3.0]}, "a number, or one for each of 2 layers with experts"),

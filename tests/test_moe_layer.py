@@ -190,6 +190,6 @@ def test_debug_finds_slots_that_cannot_be() -> None:
 def test_the_layer_joins_a_group_with_the_experts_of_its_place() -> None:
     layer = MoELayer(MoEConfig(num_experts=7, top_k=2, expert_hidden_size=4), D, 0)
     placement = Placement(devices=2, factors=(2,), layers=[[6, 0, 3, 1, 2, 4, 5, -1]])
-    layer.join(Site.of(placement, 0, placement.cut(2), 1), Link(Alone(), Ledger(), 0))
+    layer.join(Site.of(placement, 0, 2, 1), Link(Alone(), Ledger(), 0))
     assert layer.site.experts_here() == [2, 4, 5, -1]
     assert layer.experts.w_down.shape == (4, D, 4)

@@ -36,7 +36,7 @@ LAYER_0 = np.array(
 
 def groups(placement: Placement, layer: int) -> list[list[int]]:
     """The experts of every device."""
-    per_device = placement.slots_per_device
+    per_device = placement.slots_per_device(0)
     slots = placement.layers[layer]
     return [[e for e in slots[first : first + per_device] if e >= 0] for first in range(0, len(slots), per_device)]
 
@@ -355,7 +355,9 @@ def test_a_placement_is_looked_at_on_other_text() -> None:
     found = on_other_text(placement, profile_of(there[None]), Path("other.npz"))
     assert found["placed"]["intra_device_fraction"] == pytest.approx(2 / 8)
     assert found["placed"] == found["contiguous"]
-    with pytest.raises(UserError, match=r"--check other.npz has 1 layers of 8 experts, the placement 1 of 4; profile"):
+    with pytest.raises(
+        UserError, match=r"--check other.npz has 1 layers of 8 experts, the placement 1 layers of 4 experts; profile"
+    ):
         on_other_text(placement, random_profile(1, 8, 0), Path("other.npz"))
 
 

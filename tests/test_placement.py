@@ -15,7 +15,7 @@ from ep_engine.placement import Cut, Placement, prime_factors, read_placement
 def test_contiguous_by_hand() -> None:
     placement = Placement.contiguous(8, 4, 2)
     assert placement.layers == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
-    assert (placement.num_experts, placement.slots_per_device, placement.factors) == (8, 2, (2, 2))
+    assert (placement.experts_of_layer, placement.slots_per_device(0), placement.factors) == ([8, 8], 2, (2, 2))
     assert placement.device_of_expert(1) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -30,7 +30,7 @@ def test_60_experts_on_8_devices_are_spread_evenly() -> None:
     placement = Placement.contiguous(60, 8, 1)
     devices = placement.device_of_expert(0)
     assert [devices.count(device) for device in range(8)] == [8, 7, 8, 7, 8, 7, 8, 7]
-    assert (placement.slots_per_device, placement.layers[0].count(-1)) == (8, 4)
+    assert (placement.slots_per_device(0), placement.layers[0].count(-1)) == (8, 4)
     assert placement.layers[0][:17] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, -1, 15]
 
 
@@ -63,8 +63,8 @@ def test_slots_and_experts_are_inverse(data: st.DataObject) -> None:
     slot_of_expert, device_of_expert = placement.slot_of_expert(0), placement.device_of_expert(0)
     assert [slots[slot] for slot in slot_of_expert] == list(range(num_experts))
     for expert, device in enumerate(device_of_expert):
-        first = device * placement.slots_per_device
-        assert expert in slots[first : first + placement.slots_per_device]
+        first = device * placement.slots_per_device(0)
+        assert expert in slots[first : first + placement.slots_per_device(0)]
 
 
 # (experts, devices, nodes) -> {ranks: (slots per rank, group sizes of slots, group sizes of ranks)}, innermost first
@@ -177,8 +177,17 @@ def test_damaged_file_is_refused(name: str, tmp_path: Path) -> None:
         read_placement(path)
 
 
-@pytest.mark.parametrize("layers", [[], [[0, 1, 2, 3], [0, 1]], [[0, 1, 2, 3], [0, 1, 2, -1]]], ids=str)
-def test_layers_must_all_hold_the_same_experts(layers: list[list[int]], tmp_path: Path) -> None:
+def test_layers_may_have_different_numbers_of_experts() -> None:
+    placement = Placement.in_order([4, 7, 12], 4, nodes=2)
+    assert placement.experts_of_layer == [4, 7, 12]
+    assert [placement.slots_per_device(layer) for layer in range(3)] == [1, 2, 3]
+    assert placement.device_of_expert(1) == [0, 0, 1, 1, 2, 2, 3]
+    assert placement.cut(2, 0) == Cut(2, 2, [1, 2], [2])
+    assert placement.cut(2, 2) == Cut(2, 6, [3, 6], [2])
+
+
+@pytest.mark.parametrize("layers", [[], [[0, 1, 2, 3], []], [[0, 1, 2, 3], [0, 2]], [[0, 1], [0, 1, 2, -1, -1, -1]]])
+def test_layers_must_hold_each_of_their_experts_once(layers: list[list[int]], tmp_path: Path) -> None:
     path = tmp_path / "placement.json"
     path.write_text(json.dumps({"devices": 2, "factors": [2], "layers": layers}))
     with pytest.raises(UserError, match=rf"^{path}: "):

@@ -300,7 +300,8 @@ def test_profile_of_other_weights_is_refused(files: Path, tmp_path: Path) -> Non
 def test_lists_of_another_model_are_refused(num_layers: int, num_experts: int, files: Path, tmp_path: Path) -> None:
     lists = collaboration_lists(random_profile(num_layers, num_experts, seed=0).counts)
     (tmp_path / "config.json").write_text(json.dumps({"collaborative_list": lists, "top_t": 3}))
-    sentence = rf"^routing\.profile .* has {num_layers} layers of {num_experts} experts, the model 2 of 8; profile this"
+    there, here = f"{num_layers} layers of {num_experts} experts", "2 layers of 8 experts"
+    sentence = rf"^routing\.profile .* has {there}, the model {here}; profile this"
     refuse(files, tmp_path, sentence, "routing.rule=c2r", "routing.profile={out}/config.json")
 
 
@@ -308,8 +309,8 @@ def test_lists_of_another_model_are_refused(num_layers: int, num_experts: int, f
 def test_placement_of_another_model_is_refused(num_layers: int, num_experts: int, files: Path, tmp_path: Path) -> None:
     Placement.contiguous(num_experts, 2, num_layers).save(tmp_path / "other.json")
     sentence = (
-        rf"^moe\.placement .*other\.json has {num_layers} layers of {num_experts} experts, the model 2 of 8; place a "
-        "profile of this model$"
+        rf"^moe\.placement .*other\.json has {num_layers} layers of {num_experts} experts, the model 2 layers of 8 "
+        "experts; place a profile of this model$"
     )
     refuse(files, tmp_path, sentence, "moe.placement={out}/other.json")
 

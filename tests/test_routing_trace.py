@@ -95,7 +95,9 @@ def test_first_choices_have_the_loads_of_a_profile(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has 2 layers of 4 experts, the model 2 of 8; profile this model"):
+    with pytest.raises(
+        UserError, match="has 2 layers of 4 experts, the model 2 layers of 8 experts; profile this model"
+    ):
         read_trace(profile(tmp_path, [1, 1, 1, 1]), model(), 4, seed=0)
 
 

@@ -181,7 +181,7 @@ def test_what_a_rule_chooses_by_the_scores_of_a_trace_is_what_its_model_chooses(
     text = TokenFile(folder / "train")
     ran = profile(folder / "constrained", text, max_tokens=TOKENS, sequence_length=16, keep_ids=True)
     model = read_model_config(folder / "constrained" / "model.json")
-    chosen = choose_again(folder / "trace.npz", read_ids(folder / "trace.npz", 2, 8, 2), model)
+    chosen = choose_again(folder / "trace.npz", read_ids(folder / "trace.npz", [8, 8], 2), model)
     assert ran.ids_LTK is not None
     same = (chosen.numpy() == ran.ids_LTK).all(axis=2).mean(axis=1)
     assert same[0] > 0.99  # 16 bits make some scores equal

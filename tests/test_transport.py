@@ -115,6 +115,6 @@ def _plan_otherwise(rank: int, world_size: int, name: str, what: str) -> None:
     link = Link(TRANSPORTS[name](dist.group.WORLD, 20.0), Ledger(["self", "node"]), 4)
     slots, fixed_rows = PLANS[what][rank]
     placement = Placement(devices=2, factors=(2,), layers=[slots])
-    (hop,) = way_to(Site.of(placement, 0, placement.cut(2), rank), [link], fixed_rows)
+    (hop,) = way_to(Site.of(placement, 0, 2, rank), [link], fixed_rows)
     with pytest.raises(Fault, match=f"rank {rank} of 2 in group ep: layer 4 is planned otherwise on rank {1 - rank}"):
         make_plan(torch.tensor([[0, 2]]), hop)

@@ -89,8 +89,10 @@ def _read_moe(
     sizes = _expert_sizes(config.get("size_experts"), values["num_experts"], model.num_layers - len(dense), moe_size)
     largest = max(max(row) for row in sizes)
     equal = all(size == largest for row in sizes for size in row)
+    experts = [len(row) for row in sizes]
     moe = MoEConfig(
         **values,
+        experts_of_layer=experts if len(set(experts)) > 1 else None,
         **residual,
         expert_hidden_size=largest,
         expert_sizes=None if equal else sizes,
@@ -131,8 +133,10 @@ def _expert_sizes(given: Any, num_experts: int, num_layers: int, total: int) -> 
             )
         return [[total // num_experts] * num_experts] * num_layers
     rows = given if isinstance(given, list) and len(given) == num_layers else []
-    whole = (isinstance(row, list) and all(isinstance(n, int) and n >= 1 for n in row) for row in rows)
-    if not rows or not all(whole) or any(len(row) != num_experts or sum(row) != total for row in rows):
+    whole = (isinstance(row, list) and row and all(isinstance(n, int) and n >= 1 for n in row) for row in rows)
+    full = rows and all(whole) and max(len(row) for row in rows) == num_experts
+    # A layer of fewer experts (a pyramid, which published files do not have) is narrower.
+    if not full or any(sum(row) > total or (len(row) == num_experts and sum(row) != total) for row in rows):
         raise UserError(
             f"size_experts must have {num_layers} rows of {num_experts} sizes that add up to {total}, got "
             f"{str(given)[:60]}; correct the file"
@@ -145,11 +149,11 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
     if moe is None:
         raise UserError("LLaMA-MoE has experts in its layers, this model is dense; choose another family with --family")
-    equal = [[moe.expert_hidden_size] * moe.num_experts] * len(model.moe_layers())
+    equal = [[moe.expert_hidden_size] * experts for experts in model.experts_of_layer()]
     sizes = moe.expert_sizes or equal
     config: dict[str, Any] = {f.key: getattr(moe, f.name) for f in _FIELDS}
     config |= {
-        "intermediate_size": sum(sizes[0]),
+        "intermediate_size": max(map(sum, sizes)),
         "size_experts": sizes,
         "gate_network": moe.gate,
         "score_scale_factor": moe.score_scale,

@@ -29,9 +29,10 @@ class LlamaMoEConfig(LlamaConfig):
     """A LLaMA whose FFNs are mixtures of experts.
 
     Args:
-        num_experts: E, experts per layer.
+        num_experts: E, experts per layer; the most that one has.
         num_selects: K, experts chosen per token, in 1..E.
-        size_experts: [L][E], hidden width of every expert; None: an equal share of the width of all each.
+        size_experts: [L][E], hidden width of every expert; a shorter row is that of a layer with fewer experts. None:
+            an equal share of the width of all each.
         gate_network: `linear`, one (E, D) matrix, or `mlp`, (E, D), tanh, (E, E).
         gate_add_noise: whether the gate has a noise matrix; it is kept, and has no part in inference.
         score_scale_factor: factor on the combine weights, or [L], that of every layer.
@@ -117,8 +118,11 @@ class LlamaMoEConfig(LlamaConfig):
         width, count = self._width_of_experts(), len(self.moe_layers())
         if not self.size_experts and width % e:
             raise ValueError(f"num_experts ({e}) must divide the width of all experts ({width})")
-        if self.size_experts and [len(row) for row in self.size_experts] != [e] * count:
-            raise ValueError(f"size_experts must have {e} sizes for each of {count} layers with experts")
+        each = [len(row) for row in self.size_experts] if self.size_experts else [e] * count
+        if len(each) != count or max(each) != e or min(each) < k:
+            raise ValueError(
+                f"size_experts must have {k} to {e} sizes for each of {count} layers with experts, got {each}"
+            )
         if isinstance(self.score_scale_factor, list) and len(self.score_scale_factor) != count:
             raise ValueError(f"score_scale_factor must be a number, or one for each of {count} layers with experts")
         if self.routing_rule not in RULES:
@@ -126,13 +130,14 @@ class LlamaMoEConfig(LlamaConfig):
         if self.routing_rule == "topk":
             return
         if self.routing_rule == "group_limited":
-            if self.num_groups is None or self.max_devices is None or e % self.num_groups:
+            if self.num_groups is None or self.max_devices is None or any(n % self.num_groups for n in each):
                 raise ValueError(f"routing_rule group_limited needs max_devices and num_groups, a divisor of {e}")
             return
-        each_t = self.top_t if isinstance(self.top_t, list) else [self.top_t]
-        if self.collaborative_list is None or not all(t is not None and k - 1 <= t <= e - 1 for t in each_t):
+        each_t = self.top_t if isinstance(self.top_t, list) else [self.top_t] * count
+        fits = (t is not None and k - 1 <= t <= n - 1 for t, n in zip(each_t, each, strict=True))
+        if self.collaborative_list is None or not all(fits):
             raise ValueError(
-                f"routing_rule {self.routing_rule} needs collaborative_list and top_t in {k - 1}..{e - 1}, "
+                f"routing_rule {self.routing_rule} needs collaborative_list and top_t in {k - 1}..{min(each) - 1}, "
                 f"got top_t {self.top_t}"
             )
         if self.routing_rule == "c2r_grouped" and (self.device_of_expert is None or self.max_devices is None):

@@ -30,9 +30,9 @@ if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 48
 class LlamaMoEGate(nn.Module):
     """Logits of the experts in fp32, whatever the dtype of the weights."""
 
-    def __init__(self, config: LlamaMoEConfig) -> None:
+    def __init__(self, config: LlamaMoEConfig, num_experts: int) -> None:
         super().__init__()
-        d, e = config.hidden_size, config.num_experts
+        d, e = config.hidden_size, num_experts
         linear = nn.Linear(d, e, bias=False)
         mlp = config.gate_network == "mlp"
         self.gate_network = nn.Sequential(linear, nn.Tanh(), nn.Linear(e, e, bias=False)) if mlp else linear
@@ -84,8 +84,10 @@ class LlamaMoEBlock(nn.Module):
     def __init__(self, config: LlamaMoEConfig, index: int) -> None:
         super().__init__()
         self.config, self.index = config, index
-        self.gate = LlamaMoEGate(config)
-        self.calculator = LlamaMoECalculator(config.hidden_size, config.expert_sizes(index))
+        sizes = config.expert_sizes(index)
+        self.num_experts = len(sizes)
+        self.gate = LlamaMoEGate(config, self.num_experts)
+        self.calculator = LlamaMoECalculator(config.hidden_size, sizes)
         self._tables: tuple[torch.device, dict[str, Any]] | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class LlamaMoEBlock(nn.Module):
         if self._tables is None or self._tables[0] != device:
             # Tables first made inside inference_mode could not be used in training later.
             with torch.inference_mode(False):
-                self._tables = device, routing_tables(self.config, self.config.num_experts, self.index, device)
+                self._tables = device, routing_tables(self.config, self.num_experts, self.index, device)
         return self._tables[1]
 
 
