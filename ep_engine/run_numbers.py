@@ -24,9 +24,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     Returns:
         `settings`, the texts of its run files by name; `resumed_at`, steps; `lines` of metrics.jsonl; `summary`;
-        `coactivation`, the counts [L][E][E] of profile.npz and what it says of itself; `gates`, the checkpoint whose
-        gates they are and the cosines [E][E] of the rows of each layer with experts; the last three None if they are
-        not there. `missing`: a sentence for each file that is not there or cannot be read.
+        `coactivation`, the counts [L][E][E] of profile.npz, E that of each layer, and what it says of itself; `gates`,
+        the checkpoint whose gates they are and the cosines [E][E] of the rows of each layer with experts; the last
+        three None if they are not there. `missing`: a sentence for each file that is not there or cannot be read.
 
     Raises:
         UserError: the folder is none of a run, or metrics.jsonl is damaged.
@@ -128,7 +128,7 @@ def _read(path: Path, read: Callable[[Path], T], missing: list[str], otherwise: 
 
 def _coactivation(path: Path) -> dict[str, Any]:
     profile = read_profile(path)
-    return {"about": profile.about, "counts": profile.counts.tolist()}
+    return {"about": profile.about, "counts": [counts_EE.tolist() for counts_EE in profile.counts_of_layer]}
 
 
 def _gates(checkpoint: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from ep_engine.stopwatch import PARTS
 from ep_engine.whole_model import read_model
 from tests.distributed import run_ranks
 from tests.run_cases import moe_folder, small_run, train_here
+from tests.small_models import run_tool
 
 
 class Page(HTMLParser):
@@ -213,6 +214,18 @@ def test_a_dense_run_says_that_it_is_one(folder: Path, tmp_path: Path) -> None:
     assert [step for step, _ in page.curve("Loss over steps", "training")] == [2, 4]
     assert "No line of metrics.jsonl tells of experts: the model is dense." in page.words
     assert read_run(folder / "plain")["missing"] == []
+
+
+def test_layers_of_a_pyramid_have_maps_of_their_own_width(folder: Path, tmp_path: Path) -> None:
+    sizes = ("--experts-per-layer", "4,8", "--top-k", 2, "--noise", 0.1)
+    assert run_tool("upcycle", folder / "dense", folder / "pyramid", *sizes) == 0
+    train_here(small_run(folder, "uneven", model={"checkpoint": str(folder / "pyramid")}, train={"steps": 2}))
+    page = page_of(folder / "uneven", tmp_path)
+    for layer, experts in enumerate((4, 8)):
+        assert len(page.cells(f"Load, layer {layer}")) == experts
+        assert len(page.cells(f"Pairs, layer {layer}")) == len(page.cells(f"Gate, layer {layer}")) == experts**2
+        shares = [float(cell["data-value"]) for cell in page.cells(f"Load, layer {layer}")]
+        assert np.mean(shares) == pytest.approx(1, rel=1e-5)
 
 
 def test_losses_of_domains_and_other_balance_losses_are_drawn(tmp_path: Path) -> None:
