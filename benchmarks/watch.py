@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def measure(_: int, folder: Path, rounds: int) -> dict[str, Any]:
             trainer.stages[0].watch = _timed(trainer.watch, inside[name])
             calls[f"step {name}"] = Together(trainer.one_step, threads=threads)
             assert trainer.routing is not None, "the model has experts"
-            calls[f"line {name}"] = Together(trainer.routing.line, threads=threads)
+            calls[f"line {name}"] = Together(partial(trainer.routing.line, 1), threads=threads)
         times = all_times(calls, rounds=rounds, warm_up=WARM_UP)
         times |= {f"watch {name}": of[WARM_UP:] for name, of in inside.items()}
         routing = trainers["on"].routing

@@ -1,4 +1,4 @@
-"""The command line: `ep-engine quickstart | tokenizer | tokenize | train | plan | profile | place | simulate`."""
+"""The command line, `ep-engine ...`: see `ep-engine --help`."""
 
 import os
 import sys
@@ -344,6 +344,26 @@ def simulate_command(
         print_json({"cluster": there.model_dump(), "cases": found})
     else:
         print_comparison(found, Console())
+
+
+@app.command("report")
+def report_command(
+    run: Annotated[Path, typer.Argument(help="run folder: of a run that has ended, or still goes on")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write [RUN/report.html, again and again]")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Draw what a run left in its folder as one HTML page that opens without network."""
+    from ep_engine.output import check_output_file
+    from ep_engine.run_numbers import read_run
+    from ep_engine.run_report import figures_of, write_run_report
+
+    found = read_run(run)
+    page = out or run / "report.html"
+    check_output_file(page, overwrite=overwrite or out is None)
+    write_run_report(page, found)
+    sentences = [f"wrote {page}: {len(found['lines'])} lines of metrics", *found["missing"]]
+    _report({"written": str(page), "figures": figures_of(found), **found}, as_json, "\n".join(sentences))
 
 
 def _tell_malformed(count: int, some: list[str], listing: Path | None) -> None:

@@ -285,6 +285,8 @@ class OutputSection(_Section):
     """count co-activation, and compare the placement in use with one solved for the last steps; leaves profile.npz"""
     async_save: bool = True
     """checkpoints are written while training goes on, from a copy in host memory, 12 bytes per weight of a rank"""
+    wandb: str | None = Field(None, min_length=1)
+    """project of Weights & Biases that is sent the numbers of metrics.jsonl too; needs its package, wandb"""
 
 
 class RunConfig(_Section):

@@ -7,13 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ep_engine.errors import Fault
 from ep_engine.output import whole_file
 
 
 class Metrics:
-    """Written by one rank, line by line; a line is in the file before the next step begins."""
+    """Written by one rank, line by line; a line is in the file before the next step begins.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the run.
+        project: of Weights & Biases, which is sent the numbers too; None: nothing is sent.
+    """
+
+    def __init__(self, folder: Path, project: str | None = None) -> None:
+        self._project = project
+        self._sent_to: Any = None
         self._path = folder / "metrics.jsonl"
         self._folder = folder / "tensorboard"
         self._writer: Any = None
@@ -39,11 +47,28 @@ class Metrics:
         if "layers" in line:
             self._writer.add_image("load", load_picture(line["layers"]), line["step"], dataformats="HW")
         self._writer.flush()
+        if self._project is not None:
+            self._send(dict(numbers_in(line)), line["step"])
+
+    def _send(self, numbers: dict[str, float], step: int) -> None:
+        import wandb  # the user's own
+
+        try:
+            if self._sent_to is None:
+                self._sent_to = wandb.init(project=self._project, name=self._path.parent.name, dir=self._path.parent)
+            self._sent_to.log(numbers, step=step)
+        except wandb.errors.Error as error:
+            words = str(error).splitlines()[0]
+            raise Fault(
+                f"output.wandb: {words}; log in with `wandb login`, set WANDB_MODE=offline, or leave it out"
+            ) from error
 
     def close(self) -> None:
         """Nothing more will come."""
         if self._writer is not None:
             self._writer.close()
+        if self._sent_to is not None:
+            self._sent_to.finish()
 
 
 def load_picture(layers: list[dict[str, Any]]) -> NDArray[np.float64]:

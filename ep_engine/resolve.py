@@ -3,6 +3,7 @@
 import json
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ def resolve(
         UserError: the ranks, the experts, the placement, the lists, the data or the run folder do not fit.
     """
     check_unused(config.output.folder)
+    if config.output.wandb is not None and find_spec("wandb") is None:
+        raise UserError(
+            f"output.wandb is {config.output.wandb}, but the package wandb is not installed; install it, or leave the "
+            "key out"
+        )
     resume = _last_checkpoint(config) if config.output.resume and not restarted else None
     if restarted:  # even if all steps are done: what comes after them may not be
         resume = newest(config.output.folder)

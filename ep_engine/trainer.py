@@ -42,6 +42,7 @@ from ep_engine.evaluate import Evaluation, evaluate
 from ep_engine.initial import initialise
 from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.metrics import Metrics
+from ep_engine.mfu import flops_of_token, peak_of
 from ep_engine.model_config import read_model_config
 from ep_engine.optimizer import (
     clip_gradients,
@@ -175,7 +176,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.stages, train)
         self.step = self.first_step = self._looked_at = self._load()
         self.routing, self.placement_watch = self._watch_routing()
-        self.metrics = Metrics(self.config.output.folder) if self.rank == 0 else None
+        output = self.config.output
+        self.metrics = Metrics(output.folder, output.wandb) if self.rank == 0 else None
         self.stopwatch: stopwatch.Stopwatch | None = None  # of the last step, if it was timed
         self.speeds: list[float] = []
         self.saver = Saver(
@@ -369,7 +371,7 @@ class Trainer:
             "learning_rate": learning_rate(self.config.train, self.step - 1),
             "tokens_per_second": len(window.losses) * self.tokens_per_step / seconds,
         }
-        line["tokens_per_second_per_rank"] = line["tokens_per_second"] / self.num_ranks
+        line |= self._utilisation(line["tokens_per_second"] / self.num_ranks)
         self.speeds.append(line["tokens_per_second"])
         if len(self.data.names) > 1:
             line["domains"] = self.data.by_domain()
@@ -383,6 +385,15 @@ class Trainer:
             line |= self.routing.line(len(window.losses))
         found = self.placement_watch.take() if self.placement_watch is not None else None
         return line | ({"placement": found} if found is not None else {})
+
+    def _utilisation(self, tokens_per_second: float) -> dict[str, Any]:
+        """What a rank does, and what share that is of what its device could; on the first rank, which tells it."""
+        found: dict[str, Any] = {"tokens_per_second_per_rank": tokens_per_second}
+        if self.rank == 0:
+            peak = peak_of(self.device, getattr(torch, self.config.train.dtype))
+            flops = tokens_per_second * flops_of_token(self.run.model, self.config.data.sequence_length)
+            found |= {"mfu": flops / peak.tflops * 1e-12, "peak_tflops": peak.tflops, "peak": peak.source}
+        return found
 
     def _summary(self) -> dict[str, Any]:
         # The first window pays for warm-up, where there is more than one.

@@ -32,7 +32,7 @@ KEYS = [
     "balance.switch", "balance.switch_of", "balance.importance", "balance.load", "balance.sequence",
     "balance.mutual_information", "balance.z", "balance.over", "balance.noise", "balance.bias_rate",
     "balance.capacity_factor", "balance.reference_compat",
-    "output.folder", "output.resume", "output.keep_checkpoints", "output.watch", "output.async_save",
+    "output.folder", "output.resume", "output.keep_checkpoints", "output.watch", "output.async_save", "output.wandb",
 ]  # fmt: skip
 
 RAW: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 76
+    assert len(KEYS) == 77
     assert len(KEYS) <= 100
 
 

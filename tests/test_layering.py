@@ -26,10 +26,10 @@ ORDER = [
     "locality", "solver", "place", "placement_watch", "metrics",
     "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate",  # what shares it
     "watch", "balancing", "agreement",
-    "layout", "resolve", "routing_metrics", "trainer",  # what trains it
+    "layout", "resolve", "routing_metrics", "mfu", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "cluster", "work", "plan_run", "simulate", "what_if",
-    "collaboration_report", "profile", "report",  # what a user calls
+    "collaboration_report", "profile", "report", "run_numbers", "drawing", "run_report",  # what a user calls
     "command_line", "quickstart", "cli",
 ]  # fmt: skip
 

@@ -112,8 +112,9 @@ def test_a_backward_is_timed(again: bool) -> None:
         y: torch.Tensor = _Slow.apply(x + (computed_again(inside, x) if again else inside(x)))
         y.sum().backward()
     own, _ = watch.seconds()
-    assert 0.05 <= own["attention"] < 0.08
-    assert own["other"] >= 0.1
+    assert own["attention"] >= 0.05
+    assert own["other"] >= 0.1  # two more that are slow, outside
+    assert sum(mark[0] == "attention" for mark in watch._marks) == 2
     inside(torch.ones(3))  # frozen inputs have no backward to time
 
 
@@ -124,27 +125,31 @@ def test_a_slow_rank_is_waited_for() -> None:
 def _wait(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
     assert group is not None
-    dist.barrier()
-    with running(CPU) as watch:
-        with part("experts"):
-            time.sleep(0.2 if rank == 0 else 0.0)
-        with part("combine"), part(EXCHANGE):
-            dist.barrier()
-            time.sleep(0.05)  # moving
-        with part("attention"):
-            time.sleep(0.2 if rank == 1 else 0.0)
-        dist.barrier()  # a sum of gradients
-    own, exchanges = watch.seconds()
-    assert len(exchanges) == 1
+    # The first rank has 2 s of experts, the second waits for it; then the other way round with attention, until a sum
+    # of gradients, in which the first waits. Rows travel for half a second, and the rest takes as long.
+    began, met, attended = (2.0, 2.5, 2.5) if rank == 0 else (0.0, 2.5, 4.5)
+    watch = watch_with(
+        ("other", True, 0.0),
+        ("experts", True, 0.0),
+        ("experts", False, began),
+        ("combine", True, began),
+        (EXCHANGE, True, began),
+        (EXCHANGE, False, met),
+        ("combine", False, met),
+        ("attention", True, met),
+        ("attention", False, attended),
+        ("other", False, 5.0),
+    )
     found = split(watch, CPU, group, group, group)
-    # Each rank sleeps as long as the other waits for it. Bounds are wide: other processes have these cores too.
-    assert found["experts"] == pytest.approx(0.1, abs=0.04)
-    assert found["attention"] == pytest.approx(0.1, abs=0.04)
-    assert found["combine"] == pytest.approx(0.05, abs=0.04)
-    assert found["waiting"] == pytest.approx(0.2, abs=0.08)
-    total = torch.tensor(sum(own.values()) + exchanges[0][1], dtype=torch.float64)
-    dist.all_reduce(total)
-    assert sum(found.values()) == pytest.approx(float(total) / 2)
+    assert found == {
+        "dispatch": 0.0,
+        "experts": 1.0,
+        "combine": 0.5,
+        "attention": 1.0,
+        "optimiser": 0.0,
+        "waiting": 2.0,
+        "other": 0.5,
+    }
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {

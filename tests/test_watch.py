@@ -14,10 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from checkpoint_tools.source import open_source
 from ep_engine.collaboration import Profile, drift, read_profile
 from ep_engine.config import RunConfig
+from ep_engine.errors import UserError
 from ep_engine.metrics import Metrics, load_picture, numbers_in
 from ep_engine.place import asked_of, place
 from ep_engine.placement import Placement, read_placement
 from ep_engine.placement_watch import ALARM, PlacementWatch, compare, stored_profile
+from ep_engine.resolve import resolve
 from tests.counts import COUNTS, LOAD, random_profile
 from tests.distributed import run_ranks
 from tests.run_cases import losses, moe_folder, small_run, train_here
@@ -230,3 +232,22 @@ def test_no_pairs_are_no_alarm() -> None:
     found = compare(Placement.contiguous(4, 2, 1), nothing, 1, None)
     assert "alarm" not in found
     assert math.isnan(found["in_use"])
+
+
+def test_weights_and_biases_is_sent_the_numbers_of_the_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the package wandb, which only output.wandb needs, is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = small_run(folder, "sent", train={"steps": 4}, output={"wandb": "tests"})
+    train_here(config)
+    (file,) = (config.output.folder / "wandb").glob("offline-run-*/*.wandb")
+    sent = file.read_bytes()  # records of protobuf, with values as JSON
+    for line in lines_of(config):
+        assert all(repr(line[name]).encode() in sent for name in ("loss", "grad_norm", "tokens_per_second"))
+
+
+def test_weights_and_biases_is_refused_where_it_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ep_engine.resolve.find_spec", lambda _: None)
+    config = small_run(folder, "refused", output={"wandb": "mine"})
+    words = r"^output\.wandb is mine, but the package wandb is not installed; install it, or leave the key out$"
+    with pytest.raises(UserError, match=words):
+        resolve(config, 1)
