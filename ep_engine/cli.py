@@ -1,4 +1,4 @@
-"""The command line: `ep-engine quickstart | train | plan | profile | place | simulate`."""
+"""The command line: `ep-engine quickstart | train | plan | profile | place | simulate | generate`."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ep_engine.command_line import exit_with_sentence, print_json
+from ep_engine.model_commands import generate_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -267,6 +268,9 @@ def simulate_command(
         print_json({"cluster": there.model_dump(), "cases": found})
     else:
         print_comparison(found, Console())
+
+
+app.command("generate")(generate_command)
 
 
 def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:

@@ -18,7 +18,7 @@ ORDER = [
     "selection", "weight_grads", "noise", "capacity", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "norm", "feed_forward", "entropy", "balance_losses", "load_balance",  # what it is part of
-    "moe_layer", "attention", "model",
+    "moe_layer", "kv_cache", "attention", "model",
     "tokens", "corpus", "entries", "checkpoint", "whole_model", "saver", "initial",  # what it reads and writes
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
@@ -26,9 +26,9 @@ ORDER = [
     "watch", "balancing", "agreement",
     "layout", "resolve", "routing_metrics", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
-    "cluster", "work", "plan_run", "simulate", "what_if",
+    "cluster", "work", "plan_run", "simulate", "what_if", "loaded_model", "generate",  # what asks it
     "collaboration_report", "profile", "report",  # what a user calls
-    "command_line", "quickstart", "cli",
+    "command_line", "quickstart", "model_commands", "cli",
 ]  # fmt: skip
 
 ENGINE_FILES = sorted((ROOT / "ep_engine").glob("*.py"))
