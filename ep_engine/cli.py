@@ -1,4 +1,4 @@
-"""The command line: `ep-engine quickstart | train | plan | profile | place | simulate | generate`."""
+"""The command line: `ep-engine quickstart | train | plan | profile | place | simulate | generate | evaluate`."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ep_engine.command_line import exit_with_sentence, print_json
-from ep_engine.model_commands import generate_command
+from ep_engine.model_commands import evaluate_command, generate_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -271,6 +271,7 @@ def simulate_command(
 
 
 app.command("generate")(generate_command)
+app.command("evaluate")(evaluate_command)
 
 
 def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:

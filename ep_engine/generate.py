@@ -160,15 +160,15 @@ def end_tokens(config: ModelConfig, tokenizer: Any) -> set[int]:
     return set()
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint or of a Hugging Face folder; UserError if it has none."""
+def read_tokenizer(folder: Path, *, run_its_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint or of a Hugging Face folder, whose code may be run; UserError if it has none."""
     found = tokenizer_folder(folder)
     if found is None:
         raise UserError(f"{folder} has no tokenizer; make the checkpoint from a folder that has one")
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(found)
+        return AutoTokenizer.from_pretrained(found, trust_remote_code=run_its_code)
     except Exception as error:  # what is damaged can raise anything
         words = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"tokenizer folder {found} cannot be read ({words}); write it again") from None

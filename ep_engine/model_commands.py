@@ -1,7 +1,9 @@
-"""The commands that ask a model: `ep-engine generate`."""
+"""The commands that ask a model: `ep-engine generate | evaluate`."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,3 +74,53 @@ def generate_command(
         return
     for one in continued:
         typer.echo(f"{one['prompt']}{one['text']}")
+
+
+def evaluate_command(
+    model: Annotated[Path, typer.Argument(help="engine checkpoint, or Hugging Face folder, whose code is then run")],
+    tasks: Annotated[list[str] | None, typer.Option(help="of lm-eval, or c2r, llama-moe, cd-moe; with commas")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="token file for perplexity, named without suffix")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="folder of task files of your own")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="solved examples before a question [the task's]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="questions of each task [all]")] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="of --tokens: tokens of a window")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="of --tokens, from the beginning [all]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="requests of a rank at once")] = 8,
+    rule: RuleOption = None,
+    profile: ProfileOption = None,
+    placement: PlacementOption = None,
+    timeout_s: TimeoutOption = 300.0,
+    as_json: Annotated[bool, typer.Option("--json", help="report as JSON on stdout")] = False,
+) -> None:
+    """Score a model on tasks and on held-out tokens; checkpoints under torchrun on as many ranks as it starts."""
+    from rich.console import Console
+
+    from ep_engine.loaded_model import Rule
+    from ep_engine.mesh import World
+    from ep_engine.scores import Asked, evaluate_checkpoint, evaluate_folder, is_checkpoint
+    from ep_engine.task_suites import NOTES, load_tasks, named_tasks, print_scores
+
+    names = [name for words in tasks or [] for name in words.split(",") if name]
+    asked = Asked(
+        tasks=lambda: load_tasks(named_tasks(names, num_fewshot), include_path) if names else {},
+        limit=limit,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+    )
+    world, by = World.from_environment(), Rule(rule, profile, placement)
+    with redirect_stdout(sys.stderr):  # stdout is for the report, and lm-eval prints
+        if is_checkpoint(model):
+            found = evaluate_checkpoint(model, asked, world, by, timeout_s)
+        else:
+            found = evaluate_folder(model, asked, world, by)
+    report: dict[str, Any] = {"model": str(model), **found, "notes": [NOTES[name] for name in names if name in NOTES]}
+    if world.rank > 0:
+        return
+    if as_json:
+        print_json(report)
+    else:
+        print_scores(report, Console())

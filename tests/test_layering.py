@@ -26,7 +26,8 @@ ORDER = [
     "watch", "balancing", "agreement",
     "layout", "resolve", "routing_metrics", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
-    "cluster", "work", "plan_run", "simulate", "what_if", "loaded_model", "generate",  # what asks it
+    "cluster", "work", "plan_run", "simulate", "what_if",
+    "loaded_model", "generate", "perplexity", "task_suites", "lm_eval_model", "scores",  # what asks it
     "collaboration_report", "profile", "report",  # what a user calls
     "command_line", "quickstart", "model_commands", "cli",
 ]  # fmt: skip
