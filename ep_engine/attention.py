@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ep_engine.kv_cache import KVCache
 from ep_engine.model_config import ModelConfig
 from ep_engine.norm import RMSNorm
 
@@ -56,8 +57,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(head_dim if each else q_size, config.rms_norm_eps)
             self.k_norm = RMSNorm(head_dim if each else kv_size, config.rms_norm_eps)
 
-    def forward(self, x_BSD: Tensor, apart: Tensor | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, D); `apart` from `keep_apart`, None: a row is one document."""
+    def forward(self, x_BSD: Tensor, apart: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, D); `apart` from `keep_apart`, None: a row is one document.
+
+        With a cache the positions are the last of rows whose others it knows, and `apart` is from its `begin`.
+        """
         q, k, v = (w(x_BSD) for w in (self.w_q, self.w_k, self.w_v))
         if self.qk_norm == "all":
             q, k = self.q_norm(q), self.k_norm(k)
@@ -65,16 +69,22 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         length = q.shape[2]
-        cos_sin = self.positions.table(length, q.device)
-        if apart is None:
+        cos, sin = self.positions.table(length if cache is None else cache.capacity, q.device)
+        if cache is not None:
+            cos, sin = (table[cache.positions_BS].unsqueeze(1) for table in (cos, sin))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
+        elif apart is None:
             apart = self.positions.window(len(q), length, q.device)
-        y_BHSd = attend(rotate(q, *cos_sin), rotate(k, *cos_sin), v, apart, self.window)
+        y_BHSd = attend(q, k, v, apart, self.window)
         out: Tensor = self.w_o(y_BHSd.transpose(1, 2).flatten(2))
         return out
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, S, heads * d) -> (B, heads, S, d)."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        apart: Tensor = x.unflatten(2, (-1, self.head_dim))
+        return apart.transpose(1, 2)
 
 
 def keep_apart(documents_BS: Tensor, window: int | None = None) -> Tensor:
@@ -114,7 +124,9 @@ def attend(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, apart: Tensor | None,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in the half-split layout of Hugging Face: (B, heads, S, d) with tables (S, d), in x's dtype."""
+    """Rotary positions in the half-split layout of Hugging Face: (B, heads, S, d) with tables (S, d) or (B, 1, S, d),
+    in x's dtype.
+    """
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 

@@ -10,6 +10,7 @@ import typer
 
 from ep_engine.command_line import exit_with_sentence, print_json
 from ep_engine.conversations import Format
+from ep_engine.model_commands import evaluate_command, generate_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -372,6 +373,10 @@ def _tell_malformed(count: int, some: list[str], listing: Path | None) -> None:
         typer.echo(f"{count} documents are malformed and left out{where}:", err=True)
         for line in some:
             typer.echo(f"  {line}", err=True)
+
+
+app.command("generate")(generate_command)
+app.command("evaluate")(evaluate_command)
 
 
 def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:

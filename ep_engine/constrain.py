@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from ep_engine.checkpoint import hash_of_model
 from ep_engine.collaboration import collaboration_lists, read_profile
-from ep_engine.config import RunConfig, differing
+from ep_engine.config import RoutingSection, RunConfig, differing
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, first_sentence, in_words
 from ep_engine.placement import Placement
@@ -38,15 +38,33 @@ def routed(config: RunConfig, model: ModelConfig, placement: Placement | None) -
     if routing.rule is None:
         _check_groups(model.moe, placement, config.parallel.expert_parallel_size)
         return model
-    tables = RoutingConfig(rule=routing.rule, weights=routing.weights)
+    return constrained(model, routing, None if config.moe.placement is None else placement, config.model.checkpoint)
+
+
+def constrained(
+    model: ModelConfig, routing: RoutingSection, placement: Placement | None, checkpoint: Path | None
+) -> ModelConfig:
+    """A model with experts under another rule.
+
+    Args:
+        model: the model.
+        routing: names the rule.
+        placement: whose devices bound a token; None: there is none, which c2r_grouped needs.
+        checkpoint: the model's, which a profile must be of; None: it is new.
+
+    Raises:
+        UserError: a table is missing, or not for this model or placement.
+    """
+    assert model.moe is not None, "the caller has asked"
+    tables = RoutingConfig(rule=routing.rule or "topk", weights=routing.weights)
     if routing.rule == "group_limited":
         tables = tables.model_copy(update={"num_groups": routing.num_groups, "max_devices": routing.max_devices})
     if routing.rule in ("c2r", "c2r_grouped"):
-        lists, published_t = _lists(config, model)
+        lists, published_t = _lists(routing, model, checkpoint)
         top_t = published_t if routing.top_t is None else routing.top_t
         tables = tables.model_copy(update={"top_t": top_t, "lists": lists})
     if routing.rule == "c2r_grouped":
-        if config.moe.placement is None:
+        if placement is None:
             raise UserError(
                 "routing.rule c2r_grouped needs moe.placement, whose devices bound a token; make one with "
                 "`ep-engine place`"
@@ -81,9 +99,10 @@ def in_no_list(model: ModelConfig) -> dict[int, list[int]]:
     return found
 
 
-def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]], int | None]:
+def _lists(
+    routing: RoutingSection, model: ModelConfig, checkpoint: Path | None
+) -> tuple[list[list[list[int]]], int | None]:
     """Collaboration lists of all layers, and the T that stands beside them, if one does."""
-    routing = config.routing
     assert model.moe is not None, "the caller has asked"
     if routing.profile is None:
         raise UserError(f"routing.rule {routing.rule} needs routing.profile; make one with `ep-engine profile`")
@@ -94,12 +113,12 @@ def _lists(config: RunConfig, model: ModelConfig) -> tuple[list[list[list[int]]]
     profile = read_profile(routing.profile)
     _check_shape(routing.profile, profile.experts_of_layer, model)
     made_of = profile.about.get("model_hash")
-    if config.model.checkpoint is not None and made_of is not None:
-        found = hash_of_model(config.model.checkpoint)
+    if checkpoint is not None and made_of is not None:
+        found = hash_of_model(checkpoint)
         if found != made_of:
             raise UserError(
                 f"routing.profile {routing.profile} is of another model ({made_of[:12]}) than model.checkpoint "
-                f"{config.model.checkpoint} ({found[:12]}); profile that one"
+                f"{checkpoint} ({found[:12]}); profile that one"
             )
     return collaboration_lists(profile.counts_of_layer), None
 

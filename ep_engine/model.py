@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ep_engine.attention import Attention, Positions, keep_apart
 from ep_engine.feed_forward import FeedForward
+from ep_engine.kv_cache import KVCache
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model_config import ModelConfig
 from ep_engine.moe_layer import MoELayer
@@ -50,19 +51,28 @@ class Decoder(nn.Module):
             self.head = None if config.tie_embeddings else nn.Linear(d, v, bias=False)
             self.unembed = Unembed()
 
-    def forward(self, x: Tensor, documents_BS: Tensor | None = None, numbers_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        documents_BS: Tensor | None = None,
+        numbers_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
         """Ids (B, S) int64 in [0, V), or hidden states (B, S, D) -> logits (B, S, V), or hidden states; causal.
 
         A token sees only the document of its own number, int64, that is in its row; None: all of the row before it.
         `numbers_BS` are those of the router's tokens in the run, see `Router`.
+        With a cache the tokens follow those that it has seen, and the logits are those of the last alone, (B, 1, V).
         """
         if self.is_first:
             assert self.embed is not None, "the first stage has one"
             x = self.embed(x)
         apart = None if documents_BS is None else keep_apart(documents_BS, self.config.sliding_window)
+        if cache is not None:
+            apart = cache.begin(x.shape[1], self.config.sliding_window)
         routers: dict[int, RouterStatistics] = {}
         for i, layer in self.layers.items():
-            x, router = layer(x, apart, numbers_BS)
+            x, router = layer(x, apart, numbers_BS, cache)
             if router is not None:
                 routers[self.config.moe_index(int(i))] = router
         x = self.watch(x, routers)
@@ -70,6 +80,7 @@ class Decoder(nn.Module):
             return x
         of_weights = self.embed if self.head is None else self.head
         assert of_weights is not None, "the last stage has one"
+        x = x if cache is None else x[:, -1:]
         logits_BSV: Tensor = self.unembed(self.norm(x), of_weights.weight)
         return logits_BSV
 
@@ -118,13 +129,17 @@ class DecoderLayer(nn.Module):
         self.recompute: Recompute = "none"
 
     def forward(
-        self, x_BSD: Tensor, apart: Tensor | None = None, numbers_BS: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        apart: Tensor | None = None,
+        numbers_BS: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
-        """(B, S, D) -> (B, S, D), and what the router did if there is one; `apart` as in attention.py."""
+        """(B, S, D) -> (B, S, D), and what the router did if there is one; `apart` and `cache` as in attention.py."""
         if self.recompute == "full":
             chosen: list[Choice] = []  # experts are chosen once, whatever the second pass would round
             return computed_again(self._forward, x_BSD, apart, numbers_BS, chosen)
-        return self._forward(x_BSD, apart, numbers_BS)
+        return self._forward(x_BSD, apart, numbers_BS, cache=cache)
 
     def _forward(
         self,
@@ -132,10 +147,12 @@ class DecoderLayer(nn.Module):
         apart: Tensor | None,
         numbers_BS: Tensor | None,
         chosen: list[Choice] | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, RouterStatistics | None]:
-        attended_BSD = (
-            computed_again(self._attend, x_BSD, apart) if self.recompute == "selective" else self._attend(x_BSD, apart)
-        )
+        if self.recompute == "selective":
+            attended_BSD = computed_again(self._attend, x_BSD, apart)
+        else:
+            attended_BSD = self._attend(x_BSD, apart, cache)
         x_BSD = x_BSD + attended_BSD
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
@@ -145,7 +162,8 @@ class DecoderLayer(nn.Module):
         return x_BSD + y_TD.view_as(x_BSD), router
 
     @timed("attention")
-    def _attend(self, x_BSD: Tensor, apart: Tensor | None) -> Tensor:
-        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), apart)
+    def _attend(self, x_BSD: Tensor, apart: Tensor | None, cache: KVCache | None = None) -> Tensor:
+        # By name: tensor parallelism counts the arguments that stand in their place.
+        y_BSD: Tensor = self.attention(self.attention_norm(x_BSD), apart, cache=cache)
         time_backward("attention", x_BSD, y_BSD)
         return y_BSD

@@ -92,6 +92,11 @@ class Placement(BaseModel):
         """S."""
         return len(self.layers[layer]) // self.devices
 
+    @property
+    def cuts(self) -> list[int]:
+        """Expert-parallel sizes that cut the tree, ascending."""
+        return _products(self.factors)
+
     def device_of_expert(self, layer: int) -> list[int]:
         """[E]: the device of every expert of a layer."""
         return [slot // self.slots_per_device(layer) for slot in self.slot_of_expert(layer)]

@@ -35,7 +35,7 @@ def variants(
     """
     raw = config.model_dump()
     lists = profile or config.routing.profile
-    routings = [_section(rule, lists) for rule in rules] or [raw["routing"]]
+    routings = [rule_section(rule, lists) for rule in rules] or [raw["routing"]]
     places = [None if one == "contiguous" else one for one in placements] or [raw["moe"]["placement"]]
     for routing in routings:
         for placement in places:
@@ -43,7 +43,8 @@ def variants(
             yield make_config({**raw, "routing": routing, "moe": moe}, "the run")
 
 
-def _section(rule: str, profile: Path | None) -> dict[str, Any]:
+def rule_section(rule: str, profile: Path | None) -> dict[str, Any]:
+    """Keys of the [routing] section that a word such as `c2r:16` stands for; UserError if it stands for none."""
     name, *sizes = rule.split(":")
     if name not in _KEYS or len(sizes) != len(_KEYS[name]) or not all(size.isdecimal() for size in sizes):
         raise UserError(f"--rule {rule} is none of {_FORMS}; write one of them")

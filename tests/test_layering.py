@@ -18,7 +18,7 @@ ORDER = [
     "selection", "weight_grads", "noise", "capacity", "router", "plan", "dispatch",  # the data path
     "grouped_experts", "threaded_experts", "experts", "combine",
     "recompute", "norm", "feed_forward", "entropy", "balance_losses", "load_balance",  # what it is part of
-    "moe_layer", "attention", "model",
+    "moe_layer", "kv_cache", "attention", "model",
     "documents", "conversations", "encoder",  # what it reads and writes
     "tokens", "batches", "blend", "corpus", "entries", "checkpoint", "vocabulary", "tokenization",
     "whole_model", "saver", "initial",
@@ -29,8 +29,9 @@ ORDER = [
     "layout", "resolve", "routing_metrics", "mfu", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "cluster", "work", "plan_run", "simulate", "what_if",
+    "loaded_model", "generate", "perplexity", "task_suites", "lm_eval_model", "scores",  # what asks it
     "collaboration_report", "profile", "report", "run_numbers", "drawing", "run_report",  # what a user calls
-    "command_line", "quickstart", "cli",
+    "command_line", "quickstart", "model_commands", "cli",
 ]  # fmt: skip
 
 ENGINE_FILES = sorted((ROOT / "ep_engine").glob("*.py"))
