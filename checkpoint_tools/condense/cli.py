@@ -1,0 +1,102 @@
+"""The command line: `python -m checkpoint_tools condense weights | experts | layers | apply`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ep_engine.command_line import print_json
+from ep_engine.errors import UserError
+from ep_engine.output import check_output_file
+
+condense_app = typer.Typer(help="Turn layers with experts into small dense ones (CD-MoE), step by step.")
+
+Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint with experts")]
+Corpus = Annotated[list[Path], typer.Option(help=".jsonl and .txt files, or folders of them")]
+OutFile = Annotated[Path, typer.Option(help="file to write")]
+MaxTexts = Annotated[int | None, typer.Option(min=1, help="documents of the corpus that are read [all]")]
+MaxLength = Annotated[int, typer.Option(min=1, help="tokens of a text, longer ones are cut")]
+WeightsFile = Annotated[Path, typer.Option(help="as `condense weights` writes it")]
+ObjectiveOption = Annotated[
+    Literal["js", "kl", "mse", "cosine"], typer.Option(help="how far hidden states are from the original ones")
+]
+Timeout = Annotated[float, typer.Option(min=1, help="seconds after which a silent rank is given up")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with what an interrupted run left")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output")]
+Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
+
+
+@condense_app.command("weights")
+def weights_command(
+    source: Folder,
+    corpus: Corpus,
+    out: OutFile,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="tokens of a text, longer ones are cut [as many as the model has positions]"),
+    ] = None,
+    max_texts: MaxTexts = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """The mean weight of every expert over the tokens that choose it, in one pass."""
+    from checkpoint_tools.condense.weights import run_weights
+
+    check_output_file(out, overwrite=overwrite)
+    found, texts = run_weights(source, corpus, out, max_length=max_length, max_texts=max_texts)
+    idle = int((found.count_LE == 0).sum())
+    if as_json:
+        print_json({"written": str(out), "texts": len(texts.ids), "tokens": texts.num_tokens, "cut": texts.num_cut,
+                    "never_chosen": idle})  # fmt: skip
+    else:
+        typer.echo(
+            f"wrote {out}: {len(found.count_LE)} layers, {texts.num_tokens} tokens of {len(texts.ids)} texts, of which "
+            f"{texts.num_cut} were cut; {idle} experts were never chosen"
+        )
+
+
+@condense_app.command("experts")
+def experts_command(
+    source: Folder,
+    corpus: Corpus,
+    weights: WeightsFile,
+    experts: Annotated[int, typer.Option(min=0, help="of a layer, beside its shared ones")],
+    out: OutFile,
+    choose: Annotated[
+        Literal["search", "frequency", "mass", "weight"],
+        typer.Option(help="one by one by the objective; or, to compare with, by what --weights says alone"),
+    ] = "search",
+    objective: ObjectiveOption = "js",
+    max_length: MaxLength = 256,
+    max_texts: MaxTexts = None,
+    timeout_s: Timeout = 300.0,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Which experts of each layer to keep, the most useful first; under torchrun on as many ranks as it starts."""
+    from checkpoint_tools.condense.experts import ExpertOptions, ranked_experts, run_experts
+    from checkpoint_tools.condense.published_json import Shape, read_weights, write_json
+    from checkpoint_tools.source import open_source
+
+    check_output_file(out, overwrite=overwrite)
+    shape = Shape.of(open_source(source).config)
+    if experts > shape.experts:
+        raise UserError(f"--experts ({experts}) must be in 0..{shape.experts}, the experts of a layer; choose fewer")
+    if choose != "search":
+        lists = ranked_experts(read_weights(weights, shape), choose, experts)
+        write_json(out, {str(layer): row for layer, row in enumerate(lists)})
+        found: dict[str, Any] = {"written": str(out), "layers": [{"experts": row} for row in lists]}
+    else:
+        options = ExpertOptions(experts, objective, max_length, max_texts, timeout_s)
+        result = run_experts(source, corpus, weights, out, options, resume=resume)
+        if result is None:  # another rank than the first
+            return
+        choices, texts = result
+        layers = [asdict(choices[layer]) for layer in sorted(choices)]
+        found = {"written": str(out), "layers": layers, "tokens": texts.num_tokens, "cut": texts.num_cut}
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(f"wrote {out}: {experts} experts of each of {shape.layers} layers")
