@@ -50,8 +50,9 @@ def test_divergence_of_equal_states_is_zero_and_of_others_at_most_ln_2() -> None
 
 def states(model: Any, texts: Texts, layer: int) -> list[Tensor]:
     """What decoder layer `layer` puts out for each text; the last one's after the final norm."""
+    asked = {"output_hidden_states": True, "use_cache": False}
     with torch.no_grad():
-        return [model(ids.unsqueeze(0), output_hidden_states=True).hidden_states[layer + 1][0] for ids in texts.ids]
+        return [model(ids.unsqueeze(0), **asked).hidden_states[layer + 1][0] for ids in texts.ids]
 
 
 def brute_force(model: Any, texts: Texts, weights: list[list[float]], count: int) -> list[list[int]]:

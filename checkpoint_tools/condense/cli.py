@@ -21,6 +21,10 @@ WeightsFile = Annotated[Path, typer.Option(help="as `condense weights` writes it
 ObjectiveOption = Annotated[
     Literal["js", "kl", "mse", "cosine"], typer.Option(help="how far hidden states are from the original ones")
 ]
+InsteadOption = Annotated[
+    Literal["condensed", "layer-drop", "block-drop"],
+    typer.Option(help="what becomes of a layer; to compare with: no FFN, or no layer at all"),
+]
 Timeout = Annotated[float, typer.Option(min=1, help="seconds after which a silent rank is given up")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with what an interrupted run left")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output")]
@@ -100,3 +104,37 @@ def experts_command(
         print_json(found)
     else:
         typer.echo(f"wrote {out}: {experts} experts of each of {shape.layers} layers")
+
+
+@condense_app.command("layers")
+def layers_command(
+    source: Folder,
+    corpus: Corpus,
+    layers: Annotated[int, typer.Option(min=1, help="to condense, at most; fewer are the first of them")],
+    out: OutFile,
+    experts: Annotated[int, typer.Option(min=0, help="of a condensed layer, beside its shared ones")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="as `condense weights` writes it")] = None,
+    lists: Annotated[Path | None, typer.Option(help="as `condense experts` writes it")] = None,
+    instead: InsteadOption = "condensed",
+    beam: Annotated[int, typer.Option(min=1, help="orders that are kept from step to step")] = 1,
+    objective: ObjectiveOption = "js",
+    max_length: MaxLength = 256,
+    max_texts: MaxTexts = None,
+    timeout_s: Timeout = 300.0,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """Which layers to condense first, by the model's final hidden states; under torchrun too."""
+    from checkpoint_tools.condense.layers import LayerOptions, run_layers
+
+    check_output_file(out, overwrite=overwrite)
+    options = LayerOptions(layers, experts, beam, instead, objective, max_length, max_texts, timeout_s)
+    result = run_layers(source, corpus, (weights, lists), out, options, resume=resume)
+    if result is None:  # another rank than the first
+        return
+    order, distances = result
+    if as_json:
+        print_json({"written": str(out), "layers": order, "distances": distances})
+    else:
+        typer.echo(f"wrote {out}: layers {', '.join(map(str, order))} of those with experts")
