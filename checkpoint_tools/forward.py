@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ep_engine.attention import Attention, Positions
 from ep_engine.deferred import Tensors
+from ep_engine.feed_forward import FeedForward
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.norm import RMSNorm
 from ep_engine.reference import swiglu
@@ -60,9 +61,15 @@ def feed_forward(
 ) -> Tensor:
     """What a layer's FFN or experts add to the residual stream after attention."""
     at = f"layers.{layer}"
-    h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
     moe = config.moe_of(layer)
-    if moe is None:
+    if moe is None and config.dense_size(layer) == 0:
+        return torch.zeros_like(x_BSD)
+    h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
+    if layer in config.condensed:
+        condensed = config.condensed[layer]
+        ffn = FeedForward(config.hidden_size, config.dense_size(layer), condensed=condensed)
+        y_TD: Tensor = _filled(ffn, tensors, f"{at}.ffn")(h_TD)
+    elif moe is None:
         y_TD = _ffn(h_TD, tensors, f"{at}.ffn", ".weight", bias=config.mlp_bias)
     else:
         y_TD = _mixture(h_TD, config, moe, layer, tensors, all_experts=all_experts)
