@@ -8,7 +8,7 @@ import typer
 
 from ep_engine.command_line import print_json
 from ep_engine.errors import UserError
-from ep_engine.output import check_output_file
+from ep_engine.output import check_output_file, check_output_folder
 
 condense_app = typer.Typer(help="Turn layers with experts into small dense ones (CD-MoE), step by step.")
 
@@ -138,3 +138,46 @@ def layers_command(
         print_json({"written": str(out), "layers": order, "distances": distances})
     else:
         typer.echo(f"wrote {out}: layers {', '.join(map(str, order))} of those with experts")
+
+
+@condense_app.command("apply")
+def apply_command(
+    source: Folder,
+    out: Annotated[Path, typer.Argument(help="engine checkpoint to write; `export --c2r` makes a folder of it")],
+    layers: Annotated[int, typer.Option(help="to condense, the first of --order")],
+    experts: Annotated[int, typer.Option(help="of a condensed layer, beside its shared ones")] = 0,
+    order: Annotated[Path | None, typer.Option(help="as `condense layers` writes it")] = None,
+    weights: Annotated[Path | None, typer.Option(help="as `condense weights` writes it")] = None,
+    lists: Annotated[Path | None, typer.Option(help="as `condense experts` writes it")] = None,
+    instead: InsteadOption = "condensed",
+    keep_scales: Annotated[
+        bool, typer.Option("--keep-scales", help="weights of experts stay apart from the last matrix, to fine-tune")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")] = False,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="write nothing; say how large it would be, from the configuration alone")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the smaller model: condensed layers are dense, the rest is as it was."""
+    from checkpoint_tools.condense.apply import ApplyOptions, prepare
+    from checkpoint_tools.condense.sizes import sizes_of
+    from checkpoint_tools.conversion import How
+
+    check_output_folder(out, overwrite=overwrite)
+    options = ApplyOptions(layers, experts, instead, keep_scales)
+    need = sizes_of(source, options)
+    if not dry_run:
+        if order is None:
+            raise UserError("--order is missing, the file that says which layers are condensed first; give it")
+        conversion = prepare(source, out, options, order, (weights, lists))
+        gap = conversion.run(How(overwrite, resume))
+        assert gap is not None, "it was asked for"
+    if as_json:
+        print_json(need.to_json() | ({} if dry_run else {"written": str(out), "logit_gap": gap.max_abs_diff}))
+    else:
+        typer.echo(
+            f"{out} {'would have' if dry_run else 'has'} {need.parameters:,} parameters, {need.memory_ratio:.1%} of "
+            f"{need.parameters_before:,}, {need.bytes / 2**30:.2f} GiB"
+        )

@@ -33,9 +33,14 @@ class Shape:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Shape":
-        """Of a model; UserError if it has no experts."""
+        """Of a model; UserError if it has no experts, or residual ones."""
         if config.moe is None:
             raise UserError("the model has no layers with experts, so there is nothing to condense; give another")
+        if config.moe.residual_experts:
+            raise UserError(
+                f"the model weighs {config.moe.residual_experts} residual experts by a gate of their own, which a "
+                "dense layer has no place for; give a model without"
+            )
         return cls(len(config.moe_layers()), config.moe.num_experts, config.moe.top_k)
 
 
