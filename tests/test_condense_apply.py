@@ -1,6 +1,7 @@
 """Condensed checkpoints: what a plain forward computes, in the engine and transformers; sizes from configurations."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_tools.condense.published_json import Shape, read_weights, write_json
+from checkpoint_tools.condense.published_json import Shape, Weights, read_weights, write_json, write_weights
 from checkpoint_tools.forward import outputs
 from checkpoint_tools.inspect import inspect
 from checkpoint_tools.source import open_source
+from ep_engine.config import RunConfig
 from ep_engine.model import Decoder
 from ep_engine.parallelize import entries_of
 from tests.condense_cases import KINDS, PUBLISHED, condensable, condense_by_hand, corpus, moe_blocks, plain_forward
+from tests.distributed import run_ranks
+from tests.run_cases import small_run, train_here
+from tests.run_files import make_files, write_run
 from tests.small_models import edit_weights, moe_checkpoint, routing_tables, run_tool
 from tests.test_hf_modeling import load
 from tests.texts import VOCABULARY, text_model
@@ -194,6 +199,36 @@ def test_a_split_model_under_a_rule_without_shared_experts(rule: str, tmp_path: 
     assert (config.moe, config.intermediate_size, config.dense_layers) == (None, 12, {})
     assert run_tool("export", tmp_path / "dense", tmp_path / "dense-hf") == 0
     assert json.loads((tmp_path / "dense-hf" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def _train(rank: int, world_size: int, config: RunConfig) -> None:
+    train_here(config, rank, world_size)
+
+
+def test_a_condensed_layer_sends_nothing(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    """Half of the layers with experts: half of the rows that `plan` foretells and the ledger counts."""
+    files = make_files(tmp_path / "files")
+    write_weights(tmp_path / "w.json", Weights(torch.ones(2, 8).double(), torch.full((2, 8), 8)))
+    write_json(tmp_path / "e.json", {"0": [1, 3], "1": [0, 2]})
+    write_json(tmp_path / "o.json", [0])
+    given = ("--order", tmp_path / "o.json", "--weights", tmp_path / "w.json", "--lists", tmp_path / "e.json")
+    assert run_tool("condense", "apply", files / "moe", files / "small", "--layers", 1, "--experts", 2, *given) == 0
+    planned, counted = {}, {}
+    for name in ("moe", "small"):
+        (tmp_path / name).mkdir()
+        run_file = write_run(files, tmp_path / name, {"checkpoint": str(files / name)})
+        status, out, err = run("plan", run_file, "parallel.expert_parallel_size=2", "--ranks", 2, "--json")
+        assert (status, err) == (0, "")
+        experts = json.loads(out)["traffic"]["experts"]
+        planned[name] = len(experts["layers"]), sum(sum(tiers.values()) for tiers in experts["total"].values())
+        config = small_run(files, f"run-{name}", model={"checkpoint": str(files / name)},
+                           parallel={"expert_parallel_size": 2})  # fmt: skip
+        run_ranks(_train, config, world_size=2)
+        last = (config.output.folder / "metrics.jsonl").read_text().splitlines()[-1]
+        counted[name] = sum(json.loads(last)["bytes_per_token"].values())  # of both directions
+    assert (planned["moe"][0], planned["small"][0]) == (2, 1)
+    assert 0 < planned["small"][1] < 0.6 * planned["moe"][1]
+    assert 0 < counted["small"] < 0.6 * counted["moe"]
 
 
 def test_what_cannot_be_condensed_or_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
