@@ -201,6 +201,30 @@ def test_a_split_model_under_a_rule_without_shared_experts(rule: str, tmp_path: 
     assert json.loads((tmp_path / "dense-hf" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_a_pyramid_is_condensed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Layers of 2 and 4 experts: tables lose the row of the condensed layer, and the largest number with it."""
+    dense, text, given = text_model(tmp_path), corpus(tmp_path), ("--weights", tmp_path / "w.json")
+    moe, small = tmp_path / "moe", tmp_path / "small"
+    assert run_tool("upcycle", dense, moe, "--experts-per-layer", "2,4", "--top-k", 2) == 0
+    assert run_tool("condense", "weights", moe, "--corpus", text, "--out", tmp_path / "w.json") == 0
+    search = ("condense", "experts", moe, "--corpus", text, *given, "--out", tmp_path / "e.json")
+    assert run_tool(*search, "--experts", 3) == 2
+    assert "--experts (3) must be in 0..2" in capsys.readouterr().err
+    assert run_tool(*search, "--experts", 2) == 0
+    write_json(tmp_path / "o.json", [1])
+    apply = ("condense", "apply", moe, small, "--layers", 1, "--experts", 2)
+    assert run_tool(*apply, "--dry-run") == 2
+    assert "2 layers of 2, 4 experts, so its size depends on --order" in capsys.readouterr().err
+    apply = (*apply, *given, "--lists", tmp_path / "e.json", "--order", tmp_path / "o.json")
+    assert run_tool(*apply, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    config = open_source(small).config
+    assert config.moe is not None
+    assert (config.moe.num_experts, config.experts_of_layer()) == (2, [2])
+    assert inspect(small).num_parameters == told["parameters"]
+    torch.testing.assert_close(engine_logits(small), logits_of(small), rtol=1e-4, atol=1e-4)
+
+
 def _train(rank: int, world_size: int, config: RunConfig) -> None:
     train_here(config, rank, world_size)
 
@@ -208,7 +232,7 @@ def _train(rank: int, world_size: int, config: RunConfig) -> None:
 def test_a_condensed_layer_sends_nothing(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     """Half of the layers with experts: half of the rows that `plan` foretells and the ledger counts."""
     files = make_files(tmp_path / "files")
-    write_weights(tmp_path / "w.json", Weights(torch.ones(2, 8).double(), torch.full((2, 8), 8)))
+    write_weights(tmp_path / "w.json", Weights(torch.ones(2, 8).double(), torch.full((2, 8), 8)), Shape(2, 8, 2))
     write_json(tmp_path / "e.json", {"0": [1, 3], "1": [0, 2]})
     write_json(tmp_path / "o.json", [0])
     given = ("--order", tmp_path / "o.json", "--weights", tmp_path / "w.json", "--lists", tmp_path / "e.json")

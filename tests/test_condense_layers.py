@@ -9,7 +9,7 @@ import torch
 
 from checkpoint_tools.condense.experts import choose_experts
 from checkpoint_tools.condense.layers import Instead, Kept, Search, Set, order_layers
-from checkpoint_tools.condense.published_json import write_json, write_weights
+from checkpoint_tools.condense.published_json import Shape, write_json, write_weights
 from checkpoint_tools.condense.texts import Texts, read_texts
 from checkpoint_tools.condense.weights import count_weights
 from checkpoint_tools.source import open_source
@@ -167,7 +167,7 @@ def test_ranks_share_the_candidates(tmp_path: Path) -> None:
 def test_the_command_writes_the_published_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, text = condensable(tmp_path, "deepseek"), corpus(tmp_path)
     texts, kept = found_kept(folder, text, 2)
-    write_weights(tmp_path / "w.json", count_weights(open_source(folder), texts))
+    write_weights(tmp_path / "w.json", count_weights(open_source(folder), texts), Shape(3, 6, 3))
     write_json(tmp_path / "e.json", {str(i): row for i, row in enumerate(kept.experts)})
     files = ("--experts", 2, "--weights", tmp_path / "w.json", "--lists", tmp_path / "e.json")
     given = ("condense", "layers", folder, "--corpus", text, "--max-length", LENGTH)
@@ -184,9 +184,8 @@ def test_the_command_writes_the_published_format(tmp_path: Path, capsys: pytest.
     ):
         assert run_tool(*given, *more, "--out", tmp_path / "x.json") == 2
         assert sentence in capsys.readouterr().err
-    write_weights(
-        tmp_path / "w.json", count_weights(open_source(folder), read_texts(open_source(folder), [text], 1, 1))
-    )
+    few = read_texts(open_source(folder), [text], 1, 1)
+    write_weights(tmp_path / "w.json", count_weights(open_source(folder), few), Shape(3, 6, 3))
     write_json(tmp_path / "e.json", {str(i): list(range(6)) for i in range(3)})
     assert run_tool(*given, *files[2:], "--experts", 6, "--layers", 1, "--out", tmp_path / "x.json") == 2
     assert "says that no token chose expert" in capsys.readouterr().err

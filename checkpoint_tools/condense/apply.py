@@ -82,9 +82,9 @@ def check_numbers(shape: Shape, options: ApplyOptions) -> None:
         raise UserError(
             f"--layers ({options.layers}) must be in 1..{shape.layers}, the model's layers with experts; choose fewer"
         )
-    if not 0 <= options.experts <= shape.experts:
+    if not 0 <= options.experts <= shape.fewest:
         raise UserError(
-            f"--experts ({options.experts}) must be in 0..{shape.experts}, the experts of a layer; choose fewer"
+            f"--experts ({options.experts}) must be in 0..{shape.fewest}, the experts of a layer; choose fewer"
         )
 
 
@@ -138,10 +138,12 @@ def _checked(plain: dict[str, Any], config: ModelConfig, gone: set[int]) -> Mode
         return [row for i, row in enumerate(table) if i not in gone] if isinstance(table, list) else table
 
     moe = plain["moe"]
-    for part, names in ((moe, ("score_scale", "expert_sizes")), (moe["routing"], ("top_t", "lists", "max_devices",
-                                                                                  "device_of_expert"))):  # fmt: skip
+    of_routing = ("top_t", "lists", "max_devices", "device_of_expert")
+    for part, names in ((moe, ("score_scale", "expert_sizes", "experts_of_layer")), (moe["routing"], of_routing)):
         for name in names:
             part[name] = rows(part[name])
+    if moe["experts_of_layer"]:
+        moe["num_experts"] = max(moe["experts_of_layer"])
     if len(gone) == count:
         plain = _all_dense(plain)
     try:
@@ -231,12 +233,13 @@ class Sizes:
         return {**asdict(self), "memory_ratio": self.memory_ratio}
 
 
-def sizes(config: ModelConfig, options: ApplyOptions, bytes_of: Callable[[int], int]) -> Sizes:
-    """What is left; which layers are condensed does not matter, for all with experts are alike.
+def sizes(config: ModelConfig, options: ApplyOptions, order: Path | None, bytes_of: Callable[[int], int]) -> Sizes:
+    """What is left.
 
     Args:
         config: of the model that is condensed.
         options: how many layers and experts.
+        order: file of layers; not needed where all layers have equally many experts.
         bytes_of: bytes of so many parameters.
 
     Raises:
@@ -246,7 +249,9 @@ def sizes(config: ModelConfig, options: ApplyOptions, bytes_of: Callable[[int], 
     check_numbers(shape, options)
     lists = [list(range(options.experts))] * shape.layers
     kept = Kept(lists, torch.ones(shape.layers, shape.experts, dtype=torch.float64), options.instead)
-    chosen = range(shape.layers)[: options.layers]
+    if order is None and shape.each:
+        raise UserError(f"the model has {shape}, so its size depends on --order; give it")
+    chosen = list(range(options.layers)) if order is None else read_order(order, shape, options.layers)
     after = condensed_config(config, kept, chosen, keep_scales=options.keep_scales)
     count = _count(after)
     layers = config.moe_layers()

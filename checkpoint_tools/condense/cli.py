@@ -86,8 +86,8 @@ def experts_command(
 
     check_output_file(out, overwrite=overwrite)
     shape = Shape.of(open_source(source).config)
-    if experts > shape.experts:
-        raise UserError(f"--experts ({experts}) must be in 0..{shape.experts}, the experts of a layer; choose fewer")
+    if experts > shape.fewest:
+        raise UserError(f"--experts ({experts}) must be in 0..{shape.fewest}, the experts of a layer; choose fewer")
     if choose != "search":
         lists = ranked_experts(read_weights(weights, shape), choose, experts)
         write_json(out, {str(layer): row for layer, row in enumerate(lists)})
@@ -167,7 +167,7 @@ def apply_command(
 
     check_output_folder(out, overwrite=overwrite)
     options = ApplyOptions(layers, experts, instead, keep_scales)
-    need = sizes_of(source, options)
+    need = sizes_of(source, options, order)
     if not dry_run:
         if order is None:
             raise UserError("--order is missing, the file that says which layers are condensed first; give it")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig
+from ep_engine.model_config import ModelConfig, in_words
 from ep_engine.output import whole_file
 
 _TOLERANCE = 1e-9  # of sum / count, beside what is written as their quotient
@@ -28,8 +28,9 @@ class Shape:
     """What a file must fit."""
 
     layers: int  # with experts
-    experts: int
+    experts: int  # of the layer with most
     top_k: int
+    each: tuple[int, ...] = ()  # experts of every layer, where they have different numbers
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Shape":
@@ -41,7 +42,20 @@ class Shape:
                 f"the model weighs {config.moe.residual_experts} residual experts by a gate of their own, which a "
                 "dense layer has no place for; give a model without"
             )
-        return cls(len(config.moe_layers()), config.moe.num_experts, config.moe.top_k)
+        each = tuple(config.experts_of_layer()) if config.moe.experts_of_layer else ()
+        return cls(len(config.moe_layers()), config.moe.num_experts, config.moe.top_k, each)
+
+    def experts_in(self, layer: int) -> int:
+        """Experts of one layer."""
+        return self.each[layer] if self.each else self.experts
+
+    @property
+    def fewest(self) -> int:
+        """Experts of the layer with fewest."""
+        return min(self.each, default=self.experts)
+
+    def __str__(self) -> str:
+        return in_words([self.experts_in(layer) for layer in range(self.layers)])
 
 
 @dataclass(frozen=True)
@@ -57,11 +71,11 @@ class Weights:
         return self.sum_LE / self.count_LE
 
 
-def write_weights(path: Path, weights: Weights) -> None:
+def write_weights(path: Path, weights: Weights, shape: Shape) -> None:
     """Every pair, also of an expert that no token chose: [0.0, 0, 0.0]."""
     found = {}
     for layer, counts in enumerate(weights.count_LE.tolist()):
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(counts[: shape.experts_in(layer)]):
             total = float(weights.sum_LE[layer, expert])
             found[f"{layer}-{expert}"] = [total, count, total / count if count else 0.0]
     write_json(path, found)
@@ -75,18 +89,20 @@ def read_weights(path: Path, shape: Shape) -> Weights:
             these are no multiples of top_k.
     """
     found = _read(path, dict, "an object of layer-expert pairs")
-    wanted = [f"{layer}-{expert}" for layer in range(shape.layers) for expert in range(shape.experts)]
+    wanted = [f"{layer}-{expert}" for layer in range(shape.layers) for expert in range(shape.experts_in(layer))]
     missing, strange = [key for key in wanted if key not in found], sorted(found.keys() - set(wanted))
-    model = f"{shape.layers} layers of {shape.experts} experts"
     if missing:
-        raise UserError(f"{path} lacks {_some(missing)}, the model has {model}; make it with this model")
+        raise UserError(f"{path} lacks {_some(missing)}, the model has {shape}; make it with this model")
     if strange:
-        raise UserError(f"{path} has {_some(strange)}, the model has {model}; make it with this model")
+        raise UserError(f"{path} has {_some(strange)}, the model has {shape}; make it with this model")
     for key, value in found.items():
         good = isinstance(value, list) and len(value) == 3 and all(_is_number(one) for one in value)
         if not good or value[1] < 0 or value[1] != int(value[1]) or not _is_mean(*value):
             raise UserError(f"{path}: {key} is {value!r}, expected [sum, count, sum / count]; make it again")
-    rows = torch.tensor([found[key][:2] for key in wanted], dtype=torch.float64).view(shape.layers, shape.experts, 2)
+    rows = torch.zeros(shape.layers, shape.experts, 2, dtype=torch.float64)  # what a layer has not, nobody chose
+    for key in wanted:
+        layer, expert = map(int, key.split("-"))
+        rows[layer, expert] = torch.tensor(found[key][:2], dtype=torch.float64)
     counts = rows[..., 1].long()
     totals = counts.sum(dim=1)
     if (totals != totals[0]).any() or totals[0] == 0 or totals[0] % shape.top_k:
@@ -110,7 +126,7 @@ def read_experts(path: Path, shape: Shape, count: int) -> list[list[int]]:
             f"0..{shape.layers - 1}; make it with this model"
         )
     for layer, experts in found.items():
-        _check_ids(experts, shape.experts, f"{path}: list of layer {layer}", "experts")
+        _check_ids(experts, shape.experts_in(int(layer)), f"{path}: list of layer {layer}", "experts")
         if len(experts) < count:
             raise UserError(
                 f"{path}: list of layer {layer} has {len(experts)} experts, --experts is {count}; search for so many, "

@@ -9,10 +9,9 @@ from checkpoint_tools.families import family_of_config
 from checkpoint_tools.hf_directory import read_json
 from checkpoint_tools.source import open_source
 from ep_engine.errors import UserError
-from ep_engine.model_config import read_model_config
 
 
-def sizes_of(folder: Path, options: ApplyOptions) -> Sizes:
+def sizes_of(folder: Path, options: ApplyOptions, order: Path | None = None) -> Sizes:
     """Of a folder with a model.json, or with a config.json, whose dtype says the bytes of a parameter, else bfloat16's.
 
     Raises:
@@ -22,7 +21,7 @@ def sizes_of(folder: Path, options: ApplyOptions) -> Sizes:
         source = open_source(folder)
         before = sum(one.num_bytes for one in source.tensors.deferred.values())
         count = sum(one.num_elements for one in source.tensors.deferred.values())
-        return sizes(read_model_config(folder / "model.json"), options, lambda number: number * before // count)
+        return sizes(source.config, options, order, lambda number: number * before // count)
     where = folder / "config.json"
     if not where.is_file():
         raise UserError(f"{folder} has neither a model.json nor a config.json; give a model's folder")
@@ -31,4 +30,4 @@ def sizes_of(folder: Path, options: ApplyOptions) -> Sizes:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"{where} names a dtype that torch does not know; correct the file")
     config = family_of_config(given, str(where)).read_config(given, str(where))
-    return sizes(config, options, lambda number: number * dtype.itemsize)
+    return sizes(config, options, order, lambda number: number * dtype.itemsize)

@@ -27,11 +27,11 @@ def run_weights(
         Fault: something that the model computes is not a number.
     """
     model = open_source(folder)
-    Shape.of(model.config)
+    shape = Shape.of(model.config)
     texts = read_texts(model, corpus, max_length, max_texts)
     with bar("layers", model.config.num_layers) as advance:
         found = count_weights(model, texts, advance)
-    write_weights(out, found)
+    write_weights(out, found, shape)
     return found, texts
 
 
