@@ -5,12 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from checkpoint_tools.condense.cli import condense_app
 from checkpoint_tools.conversion import Conversion, How
 from ep_engine.command_line import print_json
 from ep_engine.errors import UserError
 from ep_engine.output import check_output_file, check_output_folder
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(condense_app, name="condense")
 
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
 Out = Annotated[Path, typer.Argument(help="folder to write")]

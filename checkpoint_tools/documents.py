@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,14 +49,7 @@ def blocks(texts: Iterator[str], tokenizer: Path, length: int) -> Iterator[Tenso
     Raises:
         UserError: the folder holds no tokenizer that can be read.
     """
-    from transformers import AutoTokenizer  # which takes seconds
-
-    try:
-        encoder = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer in {tokenizer} cannot be read ({str(error).splitlines()[0]}); copy it again"
-        ) from None
+    encoder = tokenizer_in(tokenizer)
     end = [] if encoder.eos_token_id is None else [encoder.eos_token_id]
     held: list[int] = []
     for text in texts:
@@ -64,6 +57,16 @@ def blocks(texts: Iterator[str], tokenizer: Path, length: int) -> Iterator[Tenso
         while len(held) >= length:
             yield torch.tensor(held[:length])
             held = held[length:]
+
+
+def tokenizer_in(folder: Path) -> Any:
+    """The tokenizer of a folder; UserError if it cannot be read."""
+    from transformers import AutoTokenizer  # which takes seconds
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer in {folder} cannot be read ({str(error).splitlines()[0]}); copy it again") from None
 
 
 def rows_of_text(models: Sequence[Source], corpus: Sequence[Path], length: int, max_tokens: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ Attention and router are the engine's own modules; experts and FFNs are computed
 Shape letters:  B rows   S positions   T = B * S tokens   D model dim
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ep_engine.attention import Attention, Positions
 from ep_engine.deferred import Tensors
+from ep_engine.feed_forward import FeedForward
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.norm import RMSNorm
 from ep_engine.reference import swiglu
-from ep_engine.router import Router
+from ep_engine.router import Router, Routing
 
 
 @torch.no_grad()
@@ -44,10 +45,15 @@ def outputs(
 
 def attended(x_BSD: Tensor, config: ModelConfig, tensors: Tensors, positions: Positions, layer: int) -> Tensor:
     """The residual stream after a layer's attention."""
+    return attention_of(config, tensors, positions, layer)(x_BSD)
+
+
+def attention_of(config: ModelConfig, tensors: Tensors, positions: Positions, layer: int) -> Callable[[Tensor], Tensor]:
+    """`attended` of one layer for several inputs, its weights read once."""
     at = f"layers.{layer}"
+    norm = _filled(RMSNorm(config.hidden_size, config.rms_norm_eps), tensors, f"{at}.attention_norm")
     attention = _filled(Attention(config, positions), tensors, f"{at}.attention")
-    y_BSD: Tensor = attention(normed(x_BSD, config, tensors, f"{at}.attention_norm"))
-    return x_BSD + y_BSD
+    return lambda x_BSD: x_BSD + attention(norm(x_BSD))
 
 
 def feed_forward(
@@ -55,9 +61,15 @@ def feed_forward(
 ) -> Tensor:
     """What a layer's FFN or experts add to the residual stream after attention."""
     at = f"layers.{layer}"
-    h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
     moe = config.moe_of(layer)
-    if moe is None:
+    if moe is None and config.dense_size(layer) == 0:
+        return torch.zeros_like(x_BSD)
+    h_TD = normed(x_BSD, config, tensors, f"{at}.ffn_norm").flatten(0, 1)
+    if layer in config.condensed:
+        condensed = config.condensed[layer]
+        ffn = FeedForward(config.hidden_size, config.dense_size(layer), condensed=condensed)
+        y_TD: Tensor = _filled(ffn, tensors, f"{at}.ffn")(h_TD)
+    elif moe is None:
         y_TD = _ffn(h_TD, tensors, f"{at}.ffn", ".weight", bias=config.mlp_bias)
     else:
         y_TD = _mixture(h_TD, config, moe, layer, tensors, all_experts=all_experts)
@@ -87,18 +99,37 @@ def _ffn(x: Tensor, tensors: Tensors, at: str, suffix: str = "", *, bias: bool =
 def _mixture(
     x_TD: Tensor, config: ModelConfig, moe: MoEConfig, layer: int, tensors: Tensors, *, all_experts: bool
 ) -> Tensor:
-    at = f"layers.{layer}.moe"
     if all_experts:
         shares_TE = torch.ones(len(x_TD), moe.num_experts)
     else:
-        router = Router(moe, config.hidden_size, config.moe_index(layer))
-        routing = _filled(router, tensors, f"{at}.router")(x_TD)
-        shares_TE = torch.zeros(len(x_TD), moe.num_experts).scatter_(1, routing.ids_TK, routing.weights_TK)
+        chosen = routed(x_TD, config, layer, tensors)
+        shares_TE = torch.zeros(len(x_TD), moe.num_experts).scatter_(1, chosen.ids_TK, chosen.weights_TK)
     y_TD = torch.zeros_like(x_TD)
     for expert in range(moe.num_experts):
-        chosen = shares_TE[:, expert].nonzero()[:, 0]
-        if len(chosen):
-            y_TD[chosen] += shares_TE[chosen, expert, None] * _ffn(x_TD[chosen], tensors, f"{at}.experts.{expert}")
+        here = shares_TE[:, expert].nonzero()[:, 0]
+        if len(here):
+            y_TD[here] += shares_TE[here, expert, None] * expert_output(x_TD[here], layer, expert, tensors)
+    return y_TD + beside(x_TD, moe, layer, tensors, all_experts=all_experts)
+
+
+def routed(x_TD: Tensor, config: ModelConfig, layer: int, tensors: Tensors) -> Routing:
+    """Which experts the tokens of a layer with experts choose, by their normed inputs."""
+    moe = config.moe_of(layer)
+    assert moe is not None, "the caller has asked"
+    router = Router(moe, config.hidden_size, config.moe_index(layer))
+    found: Routing = _filled(router, tensors, f"layers.{layer}.moe.router")(x_TD)
+    return found
+
+
+def expert_output(x_TD: Tensor, layer: int, expert: int, tensors: Tensors) -> Tensor:
+    """What one expert makes of normed inputs, not weighted."""
+    return _ffn(x_TD, tensors, f"layers.{layer}.moe.experts.{expert}")
+
+
+def beside(x_TD: Tensor, moe: MoEConfig, layer: int, tensors: Tensors, *, all_experts: bool = False) -> Tensor:
+    """What every token of a layer goes through beside the experts that it chooses; zeros if there is nothing."""
+    at = f"layers.{layer}.moe"
+    y_TD = torch.zeros_like(x_TD)
     if moe.shared_hidden_size:
         shared_TD = _ffn(x_TD, tensors, f"{at}.shared", ".weight")
         if moe.shared_gate:

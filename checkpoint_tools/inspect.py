@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoint_tools.families import family_of_model
+from checkpoint_tools.families import named_family
 from checkpoint_tools.source import open_source
 from ep_engine.checksum import checksum
 from ep_engine.model_config import ModelConfig
@@ -65,7 +65,7 @@ def inspect(folder: Path) -> Inspection:
     return Inspection(
         folder=str(folder),
         kind=model.kind,
-        architecture=(model.family or family_of_model(model.config)).architecture,
+        architecture=(model.family or named_family(model.config)).architecture,
         config=model.config,
         num_parameters=total,
         num_active_parameters=total - idle,

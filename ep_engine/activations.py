@@ -102,9 +102,13 @@ class Part:
         """What one pass of a layer keeps if nothing is computed again; `passed` is what came to its experts."""
         both = Kept(residual=2 * self.residual(), attention=self.norm() + self._attention())
         moe = self.model.moe_of(index)
+        if moe is None and self.model.dense_size(index) == 0:
+            return replace(both, residual=self.residual())
         if moe is None:
             inside = self.tokens * self.model.dense_size(index) // self.tp * self.itemsize
             ffn = self.norm() + self.hidden * self.tp + 4 * inside  # gate, its silu, up, and their product
+            if index in self.model.condensed and self.model.condensed[index].gated:
+                ffn += inside + self.tokens * self.itemsize  # the product before the gate as well, and the gate
             later = self._linear_grads() + 3 * inside
             return replace(both, ffn=ffn, working=3 * inside, for_weights=later)
         assert passed is not None, "a MoE layer has been passed"

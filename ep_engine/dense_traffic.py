@@ -51,7 +51,9 @@ def _exchanges_of_sequence(step: Step) -> int:
 def _exchanges_of_layer(step: Step, layer: int) -> int:
     moe, recompute = step.model.moe_of(layer), step.config.train.recompute
     # Each FFN that is no part of the experts, if only beside them, reads all of the sequence, as attention does.
-    dense = 1 if moe is None else int(moe.shared_hidden_size > 0) + moe.residual_experts
+    dense = (
+        int(step.model.dense_size(layer) > 0) if moe is None else int(moe.shared_hidden_size > 0) + moe.residual_experts
+    )
     if recompute == "selective":
         return 4 + 4 * dense + 1 + (dense if moe is not None else 0)  # what attention and those beside experts read
     # Computed again: all but the last, after which nothing is kept.

@@ -22,12 +22,16 @@ def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     entries: dict[str, tuple[int, ...]] = {"embed.weight": (v, d)}
     for i in range(config.num_layers):
         at = f"layers.{i}"
-        entries |= {f"{at}.attention_norm.weight": (d,), f"{at}.ffn_norm.weight": (d,)}
+        moe, width = config.moe_of(i), config.dense_size(i)
+        entries |= {f"{at}.attention_norm.weight": (d,)}
+        if moe is not None or width:
+            entries |= {f"{at}.ffn_norm.weight": (d,)}
         entries |= _attention_entries(f"{at}.attention", config)
-        moe = config.moe_of(i)
-        if moe is None:
-            entries |= _linears(f"{at}.ffn", _ffn_shapes(d, config.dense_size(i)), bias=config.mlp_bias)
-        else:
+        if i in config.condensed and config.condensed[i].gated:
+            entries |= {f"{at}.ffn.shared_gate.weight": (1, d)}
+        if moe is None and width:
+            entries |= _linears(f"{at}.ffn", _ffn_shapes(d, width), bias=config.mlp_bias)
+        elif moe is not None:
             entries |= _moe_entries(f"{at}.moe", moe, d)
     entries["norm.weight"] = (d,)
     if not config.tie_embeddings:

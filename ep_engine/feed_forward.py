@@ -1,21 +1,46 @@
 """Dense SwiGLU: the FFN of a dense layer, and what every token of a MoE layer goes through beside its experts."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ep_engine.model_config import CondensedLayer
+
 
 class FeedForward(nn.Module):
-    """w_down (silu(w_gate x) * w_up x), arXiv:2002.05202 eq. 6."""
+    """w_down (silu(w_gate x) * w_up x), arXiv:2002.05202 eq. 6; of a condensed layer, with factors before w_down."""
 
-    def __init__(self, hidden_size: int, inner_size: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, inner_size: int, *, bias: bool = False, condensed: CondensedLayer | None = None
+    ) -> None:
         super().__init__()
         self.w_gate = nn.Linear(hidden_size, inner_size, bias=bias)
         self.w_up = nn.Linear(hidden_size, inner_size, bias=bias)
         self.w_down = nn.Linear(inner_size, hidden_size, bias=bias)
+        self.shared_gate = SharedGate(hidden_size) if condensed is not None and condensed.gated else None
+        has_factors = condensed is not None and (condensed.gated or condensed.scales)
+        self.blocks = condensed.blocks(inner_size) if condensed is not None and has_factors else []
+
+    def keep_channels(self, first: int, count: int) -> None:
+        """This rank has only some channels of the inside: forget the factors of the others."""
+        end, kept = 0, []
+        for size, factor in self.blocks:
+            begin, end = end, end + size
+            kept.append((max(0, min(end, first + count) - max(begin, first)), factor))
+        self.blocks = kept
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        y: Tensor = self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        inside = F.silu(self.w_gate(x)) * self.w_up(x)
+        if self.blocks:
+            parts = list(inside.split([size for size, _ in self.blocks], dim=-1))
+            parts = [
+                part if factor == 1.0 else part * factor for part, (_, factor) in zip(parts, self.blocks, strict=True)
+            ]
+            if self.shared_gate is not None:
+                parts[0] = self.shared_gate(x) * parts[0]  # on every rank, if only with no channels: it has a gradient
+            inside = torch.cat(parts, dim=-1)
+        y: Tensor = self.w_down(inside)
         return y
 
 

@@ -113,17 +113,20 @@ class Unembed(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then a dense FFN or a mixture of experts, each on the normed residual stream."""
+    """Attention, then a dense FFN, a mixture of experts or nothing, each on the normed residual stream."""
 
     def __init__(self, config: ModelConfig, index: int, positions: Positions) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, positions)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        moe = config.moe_of(index)
-        if moe is None:
-            self.ffn = FeedForward(config.hidden_size, config.dense_size(index), bias=config.mlp_bias)
-        else:
+        moe, width = config.moe_of(index), config.dense_size(index)
+        self.has_ffn = moe is not None or width > 0
+        if self.has_ffn:
+            self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if moe is None and self.has_ffn:
+            condensed = config.condensed.get(index)
+            self.ffn = FeedForward(config.hidden_size, width, bias=config.mlp_bias, condensed=condensed)
+        elif moe is not None:
             self.moe = MoELayer(moe, config.hidden_size, config.moe_index(index))
         self.is_moe = moe is not None
         self.recompute: Recompute = "none"
@@ -154,6 +157,8 @@ class DecoderLayer(nn.Module):
         else:
             attended_BSD = self._attend(x_BSD, apart, cache)
         x_BSD = x_BSD + attended_BSD
+        if not self.has_ffn:
+            return x_BSD, None
         h_BSD = self.ffn_norm(x_BSD)
         if not self.is_moe:
             return x_BSD + self.ffn(h_BSD), None

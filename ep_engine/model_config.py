@@ -200,6 +200,27 @@ class MoEConfig(_Part):
                 )
 
 
+class CondensedLayer(_Part):
+    """What the inside of a condensed layer, a dense one, is multiplied by before its last matrix (arXiv:2412.00069).
+
+    Its channels are those of the shared experts, and then those of the experts that stayed, one after the other.
+    """
+
+    shared_size: int = 0
+    """Channels of the shared experts."""
+    gated: bool = False
+    """Whether those are multiplied by the sigmoid of a gate."""
+    scales: list[float] = []
+    """Factors of the experts, which have equally many channels; empty: they are part of the last matrix."""
+
+    def blocks(self, width: int) -> list[tuple[int, float]]:
+        """Channels and factors of a layer of `width` channels, those of the shared experts first."""
+        rest = width - self.shared_size
+        count = len(self.scales)
+        each = rest // count if count else rest
+        return [(self.shared_size, 1.0), *((each, scale) for scale in self.scales or [1.0])]
+
+
 class ModelConfig(_Part):
     """A decoder of the LLaMA kind, dense or with MoE layers."""
 
@@ -229,7 +250,9 @@ class ModelConfig(_Part):
     moe: MoEConfig | None = None
     """None: every layer has a dense FFN."""
     dense_layers: dict[int, int] = {}
-    """Layers of a model with experts whose FFN is dense, and its hidden width."""
+    """Layers of a model with experts whose FFN is dense, and its hidden width; 0: they have no FFN."""
+    condensed: dict[int, CondensedLayer] = {}
+    """Those of them that had experts before they were condensed."""
     family: str | None = None
     """`model_type` of the Hugging Face family to export to; None: by what the model has."""
     carried: dict[str, Any] = {}
@@ -252,10 +275,18 @@ class ModelConfig(_Part):
             if isinstance(table, list) and len(table) != count:
                 raise ValueError(f"{name} has {len(table)} layers, the model has {count}; make it for this model")
         for layer, width in self.dense_layers.items():
-            if self.moe is None or not 0 <= layer < self.num_layers or width < 1:
+            if self.moe is None or not 0 <= layer < self.num_layers or width < 0:
                 raise ValueError(
                     f"dense_layers names layer {layer} of width {width}, they must be in a model with experts, in "
-                    f"0..{self.num_layers - 1}, of width 1 at least; correct it"
+                    f"0..{self.num_layers - 1}, of width 0 at least; correct it"
+                )
+        for layer, one in self.condensed.items():
+            rest = self.dense_layers.get(layer, -1) - one.shared_size
+            if rest < 0 or (one.scales and rest % len(one.scales)) or (one.gated and not one.shared_size):
+                raise ValueError(
+                    f"condensed layer {layer} has {one.shared_size} channels of shared experts and {len(one.scales)} "
+                    f"scales, its width in dense_layers is {self.dense_layers.get(layer)}, which must have room for "
+                    "both; correct one of them"
                 )
         if self.moe is not None and count == 0:
             raise ValueError("dense_layers names every layer of a model with experts; leave one out, or leave out moe")

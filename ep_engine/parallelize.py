@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as Split
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -142,9 +142,13 @@ def _split(model: Decoder, tp: DeviceMesh) -> None:
         plan[at] = PrepareModuleInput(input_layouts=(sequence, None), desired_input_layouts=(whole, None))
         plan |= {f"{at}.{name}": ColwiseParallel() for name in ("w_q", "w_k", "w_v")}
         plan[f"{at}.w_o"] = RowwiseParallel(output_layouts=sequence)
-        if not layer.is_moe:
+        if not layer.is_moe and layer.has_ffn:
             plan |= _split_ffn(f"layers.{i}.ffn", sequence)
-        else:
+            width = model.config.dense_size(i) // tp.size()
+            layer.ffn.keep_channels(tp.get_local_rank() * width, width)
+            if layer.ffn.shared_gate is not None:
+                layer.ffn.shared_gate.register_forward_pre_hook(_to_partial)
+        elif layer.is_moe:
             beside = ["shared"] if layer.moe.shared is not None else []
             if layer.moe.residual is not None:
                 beside += [f"residual.each.{n}" for n in range(len(layer.moe.residual.each))]
@@ -153,6 +157,11 @@ def _split(model: Decoder, tp: DeviceMesh) -> None:
     parallelize_module(model, tp, plan)
     if model.is_last and model.head is not None:
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, tp, [Split(0)]))
+
+
+def _to_partial(_module: nn.Module, given: tuple[DTensor]) -> tuple[torch.Tensor]:
+    """All of the sequence, whose gradient is summed over ranks: each has that of its channels."""
+    return (given[0].to_local(grad_placements=[Partial()]),)
 
 
 def _split_ffn(at: str, tokens: Split) -> dict[str, ParallelStyle]:

@@ -15,7 +15,7 @@ from ep_engine.config import RunConfig
 from ep_engine.expert_traffic import Groups, Passed
 from ep_engine.memory import Step, Tape
 from ep_engine.model import DecoderLayer
-from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.model_config import CondensedLayer, ModelConfig, MoEConfig
 from ep_engine.plan_run import plan_run
 from ep_engine.resolve import resolve_layout
 from ep_engine.weight_groups import Weights, stage_weights
@@ -64,13 +64,20 @@ def test_weights_of_a_layer_are_grouped_as_they_are_wrapped(folder: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["plain", "separate", "qk_norm head", "qk_norm all", "window"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "separate", "qk_norm head", "qk_norm all", "window", "gated", "scaled", "no ffn"]
+)
 def test_a_dense_layer_keeps_what_autograd_saves(dtype: str, kind: str, folder: Path) -> None:
     separate = kind == "separate"
     config = small(folder, "dense", train={"dtype": dtype}, data={"separate_documents": separate})
     rows, length = config.data.batch_size, config.data.sequence_length
     norm = kind.removeprefix("qk_norm ") if kind.startswith("qk_norm") else None
     model = DENSE.model_copy(update={"qk_norm": norm, "sliding_window": 5 if kind == "window" else None})
+    condensed = {"gated": CondensedLayer(shared_size=10, gated=True), "scaled": CondensedLayer(scales=[0.1, 0.2]),
+                 "no ffn": CondensedLayer()}  # fmt: skip
+    if kind in condensed:
+        width = 0 if kind == "no ffn" else 48
+        model = model.model_copy(update={"dense_layers": {0: width}, "condensed": {0: condensed[kind]}})
     layer = DecoderLayer(model, 0, Positions(model)).to(getattr(torch, dtype))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)

@@ -119,16 +119,27 @@ MIXED = ModelConfig(
 )
 
 
-@pytest.fixture(scope="module", params=["qwen2_moe", "mixed"])
+# A condensed layer whose gate and factors end within what a rank of tp2 has, and one without FFN.
+CONDENSED = ModelConfig.model_validate(
+    {
+        **MIXED.model_dump(),
+        "dense_layers": {0: 40, 1: 48, 3: 0},
+        "condensed": {1: {"shared_size": 20, "gated": True, "scales": [0.3, 0.7]}, 3: {}},
+    }
+)
+
+
+@pytest.fixture(scope="module", params=["qwen2_moe", "mixed", "condensed"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token files and the model as an engine checkpoint."""
     folder = write_text(tmp_path_factory.mktemp(request.param))
     if request.param == "qwen2_moe":
         write_model(folder / "model", CONFIG, engine_views(oracle()))
     else:
-        tensors = {name: torch.empty(shape) for name, shape in expected_entries(MIXED).items()}
-        initialise({name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()}, MIXED, seed=0)
-        write_model(folder / "model", MIXED, tensors)
+        config = MIXED if request.param == "mixed" else CONDENSED
+        tensors = {name: torch.empty(shape) for name, shape in expected_entries(config).items()}
+        initialise({name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()}, config, seed=0)
+        write_model(folder / "model", config, tensors)
     return folder
 
 

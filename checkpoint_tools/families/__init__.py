@@ -43,13 +43,18 @@ def family_of_model(model: ModelConfig, name: str | None = None, *, our_code: bo
         UserError: there is no family of that name, or the code of the family ignores the model's rule; `our_code` is
             for those of which there are two.
     """
-    family = _named(model, name)
+    family = named_family(model, name)
     rule = model.moe.routing.rule if model.moe else "topk"
     twin = next((one for one in CONSTRAINED if one.name == family.name), None)
     if our_code and family.ignores_rules:
         if twin is None:
             raise UserError(f"--c2r has no effect on a model of {family.architecture}; leave it out")
         return twin
+    if model.condensed and family.ignores_rules and twin is not None:
+        raise UserError(
+            f"layers {sorted(model.condensed)} are condensed, which transformers' own {family.architecture} has no "
+            "place for; pass --c2r to write our modeling file with it"
+        )
     if rule != "topk" and family.ignores_rules:
         raise UserError(
             f"the model's rule is {rule}, which transformers' own {family.architecture} ignores; pass --c2r to write "
@@ -58,7 +63,12 @@ def family_of_model(model: ModelConfig, name: str | None = None, *, our_code: bo
     return family
 
 
-def _named(model: ModelConfig, name: str | None) -> Family:
+def named_family(model: ModelConfig, name: str | None = None) -> Family:
+    """The family called `name`, the one the model came from, or what fits it, whether or not it can express all of it.
+
+    Raises:
+        UserError: there is none of that name.
+    """
     wanted = name or model.family
     if wanted is None:
         if model.moe is not None:

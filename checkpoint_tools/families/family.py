@@ -14,7 +14,7 @@ from checkpoint_tools.families import rope
 from checkpoint_tools.families.place import Place, Stacked
 from ep_engine.entries import expected_entries
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig, first_sentence
+from ep_engine.model_config import CondensedLayer, ModelConfig, first_sentence
 
 REQUIRED = object()
 MAX_LAYERS = 100_000  # no model has more, and a list as long as a damaged file says would fill the memory
@@ -165,6 +165,8 @@ class Family:
         except UserError as error:
             raise UserError(f"{self.architecture} cannot express the model ({error})") from None
         pairs = {name: (getattr(model, name), getattr(back, name)) for name in ModelConfig.model_fields}
+        # Of condensed layers, what multiplies something has to be there.
+        pairs["condensed"] = (_with_factors(model), _with_factors(back))
         if model.moe is not None and back.moe is not None:
             del pairs["moe"], pairs["intermediate_size"]  # experts and dense layers have widths of their own
             parts = {"moe": (model.moe, back.moe), "routing": (model.moe.routing, back.moe.routing)}
@@ -176,6 +178,10 @@ class Family:
                     f"{self.architecture} cannot express {name} {_short(wanted)} of the model, it would be read as "
                     f"{_short(found)}; choose another family with --family"
                 )
+
+
+def _with_factors(model: ModelConfig) -> dict[int, CondensedLayer]:
+    return {layer: one for layer, one in model.condensed.items() if one.gated or one.scales}
 
 
 def with_our_code(family: Family, code: str, architecture: str, model_type: str) -> Family:

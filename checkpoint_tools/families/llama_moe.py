@@ -161,6 +161,8 @@ def _write(model: ModelConfig) -> dict[str, Any]:
     }
     if model.attention_bias == "qkv":
         config["attention_output_bias"] = False
+    if 0 in model.dense_layers.values():
+        raise UserError("LLaMA-MoE has an FFN or experts in every layer, this model has layers without; keep it here")
     if model.dense_layers:
         config["dense_layers"] = {str(layer): width for layer, width in sorted(model.dense_layers.items())}
     return config | {"routing_rule": moe.routing.rule} | write_routing(moe.routing)

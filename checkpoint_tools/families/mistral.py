@@ -1,7 +1,7 @@
 """Mistral and Mixtral: LLaMA with a window; Mixtral's weights of the chosen experts add up to 1."""
 
 from checkpoint_tools.families.family import SLIDING_WINDOW, Family, Field, with_defaults
-from checkpoint_tools.families.llama import ATTENTION_NAMES, DENSE_NAMES
+from checkpoint_tools.families.llama import DENSE_NAMES
 from checkpoint_tools.families.mixture import Mixture, mixture_names
 
 _SILU = {"hidden_act": ("silu", "silu")}
@@ -32,7 +32,7 @@ MIXTRAL = Family(
     model_type="mixtral",
     transformers_class="transformers:MixtralForCausalLM",
     names=lambda _: {
-        **ATTENTION_NAMES,
+        **DENSE_NAMES,  # of condensed layers
         **mixture_names("model.layers.{i}.block_sparse_moe", gate="w1", up="w3", down="w2"),
     },
     fields=with_defaults(SLIDING_WINDOW, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5),

@@ -1,5 +1,6 @@
 """The mixture of experts of families whose router is one matrix: Mixtral, Qwen-MoE, DeepSeekMoE, OLMoE."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 from checkpoint_tools.families.family import Field, Names, read_fields
 from checkpoint_tools.families.routing import ROUTING_KEYS, read_routing, write_routing
 from ep_engine.errors import UserError
-from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.model_config import CondensedLayer, ModelConfig, MoEConfig
 
 WHERE = "config.json"
+CONDENSED = "condensed_layers"  # ours: layer, as text -> its width and what else CondensedLayer has
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Mixture:
         single = (self.renormalises, self.shared_size, self.shared_count)
         fields = [f for f in (*self.fields, *single) if f is not None]
         others = {f.other_key for f in fields if f.other_key is not None}
-        return frozenset({f.key for f in fields} | others | ROUTING_KEYS)
+        return frozenset({f.key for f in fields} | others | ROUTING_KEYS | {CONDENSED})
 
     def read(self, config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
         """Fields of ModelConfig from config.json; UserError for a value of the wrong kind."""
@@ -99,6 +101,7 @@ class Mixture:
                 count = read_fields(config, (self.shared_count,), WHERE)["count"] or 0
             shared = count * read_fields(config, (self.shared_size,), WHERE)["shared_hidden_size"]
         dense = self.pattern.dense_layers(config, model.num_layers)
+        widths, condensed = read_condensed(config.get(CONDENSED))
         moe = MoEConfig(
             **values,
             gate="linear",
@@ -108,7 +111,8 @@ class Mixture:
             shared_gate=self.shared_gate and shared > 0,
             routing=read_routing(config),
         )
-        return {"moe": moe, "dense_layers": dict.fromkeys(dense, model.intermediate_size)}
+        dense_layers = {**dict.fromkeys(dense, model.intermediate_size), **widths}
+        return {"moe": moe, "dense_layers": dense_layers, "condensed": condensed}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """config.json's keys; what they cannot say shows when they are read again."""
@@ -122,9 +126,34 @@ class Mixture:
             config[self.shared_size.key] = moe.shared_hidden_size
         elif self.shared_count is not None:
             config[self.shared_count.key] = moe.shared_hidden_size // moe.expert_hidden_size or None
-        if model.dense_layers:
-            config["intermediate_size"] = next(iter(model.dense_layers.values()))
-        return config | self.pattern.write(model) | write_routing(moe.routing)
+        config |= write_condensed(model)
+        dense = {layer: width for layer, width in model.dense_layers.items() if layer not in model.condensed}
+        if dense:
+            config["intermediate_size"] = next(iter(dense.values()))
+        never_dense = model.model_copy(update={"dense_layers": dense})
+        return config | self.pattern.write(never_dense) | write_routing(moe.routing)
+
+
+def read_condensed(given: Any) -> tuple[dict[int, int], dict[int, CondensedLayer]]:
+    """Widths and factors of condensed layers; UserError if that is not what the key says."""
+    widths, condensed = {}, {}
+    try:
+        for layer, one in dict(given or {}).items():
+            widths[int(layer)] = int(one["width"])
+            condensed[int(layer)] = CondensedLayer(**{key: value for key, value in one.items() if key != "width"})
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{CONDENSED} must name layers, their widths and factors, got {reprlib.repr(given)}; correct the file"
+        ) from None
+    return widths, condensed
+
+
+def write_condensed(model: ModelConfig) -> dict[str, Any]:
+    """The key, if there is something to say."""
+    if not model.condensed:
+        return {}
+    layers = sorted(model.condensed.items())
+    return {CONDENSED: {str(i): {"width": model.dense_layers[i], **one.model_dump()} for i, one in layers}}
 
 
 def mixture_names(at: str, gate: str, up: str, down: str) -> Names:

@@ -1,7 +1,7 @@
 """OLMoE: queries and keys are normed over all heads together."""
 
 from checkpoint_tools.families.family import ATTENTION_BIAS, Family, Field, with_defaults
-from checkpoint_tools.families.llama import ATTENTION_NAMES, QK_NORM_NAMES
+from checkpoint_tools.families.llama import DENSE_NAMES, QK_NORM_NAMES
 from checkpoint_tools.families.mixture import Mixture, mixture_names
 
 _MIXTURE = Mixture(
@@ -18,7 +18,7 @@ OLMOE = Family(
     model_type="olmoe",
     transformers_class="transformers:OlmoeForCausalLM",
     names=lambda _: {
-        **ATTENTION_NAMES,
+        **DENSE_NAMES,  # of condensed layers
         **QK_NORM_NAMES,
         **mixture_names("model.layers.{i}.mlp", gate="gate_proj", up="up_proj", down="down_proj"),
     },

@@ -13,6 +13,7 @@ _SHARED: Names = {
     "layers.{i}.moe.shared.w_up": "model.layers.{i}.mlp.shared_expert.up_proj",
     "layers.{i}.moe.shared.w_down": "model.layers.{i}.mlp.shared_expert.down_proj",
     "layers.{i}.moe.shared_gate": "model.layers.{i}.mlp.shared_expert_gate",
+    "layers.{i}.ffn.shared_gate": "model.layers.{i}.mlp.shared_expert_gate",  # of a condensed layer
 }
 _RENORMALISES = Field("norm_topk_prob", "renormalise", bool, False)
 

@@ -20,6 +20,9 @@ class RoutedConfig(LlamaConfig):
     Args:
         routing_rule: `topk`, `group_limited`, `c2r` (arXiv:2504.01337) or `c2r_grouped`; None: `c2r` if there is a
             list, else `topk`.
+        condensed_layers: layers, as text, whose experts have become one dense FFN: its `width` (0: there is none),
+            `shared_size`, channels of shared experts that come first, whether these are `gated` by a sigmoid, and
+            `scales` of the experts behind them, which share the rest evenly.
         routing_weights: of the chosen experts: `model`, as the family weighs them; `selected`, divided by their sum;
             `match_plain_mass`, with the sum that plain top-k would have.
         kwargs: the family's own keys, those of the rule, and LLaMA's.
@@ -33,11 +36,18 @@ class RoutedConfig(LlamaConfig):
     qk_norm: ClassVar[str | None] = None  # `head` or `all`
     qkv_bias_only: ClassVar[bool] = False  # biases on queries, keys and values, not behind attention
 
-    def __init__(self, routing_rule: str | None = None, routing_weights: str = "model", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        routing_rule: str | None = None,
+        routing_weights: str = "model",
+        condensed_layers: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         for name in _ROUTING:
             setattr(self, name, kwargs.pop(name, None))
         self.routing_rule = routing_rule or ("topk" if self.collaborative_list is None else "c2r")
         self.routing_weights = routing_weights
+        self.condensed_layers = condensed_layers
         if self.qkv_bias_only:
             kwargs["attention_bias"] = True
         super().__init__(**kwargs)
@@ -46,7 +56,8 @@ class RoutedConfig(LlamaConfig):
 
     def moe_layers(self) -> list[int]:
         """The layers with experts, ascending: what lists and tables have a row for."""
-        return [i for i in range(self.num_hidden_layers) if self.has_experts(i)]
+        condensed = self.condensed_layers or {}
+        return [i for i in range(self.num_hidden_layers) if self.has_experts(i) and str(i) not in condensed]
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer has experts."""

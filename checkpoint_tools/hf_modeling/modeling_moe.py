@@ -54,6 +54,31 @@ class MixtralExpert(Expert):
     names = ("w1", "w3", "w2")
 
 
+class CondensedFFN(Expert):
+    """A layer whose experts have become one, with factors before its last matrix."""
+
+    def __init__(self, d: int, width: int, shared_size: int, gated: bool, scales: list[float]) -> None:
+        super().__init__(d, width)
+        self.shared_expert_gate = nn.Linear(d, 1, bias=False) if gated else None
+        self.sizes = [shared_size, *[(width - shared_size) // max(len(scales), 1)] * max(len(scales), 1)]
+        self.scales = [1.0, *(scales or [1.0])]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        parts = [part * scale for part, scale in zip(inside.split(self.sizes, dim=-1), self.scales, strict=True)]
+        if self.shared_expert_gate is not None:
+            parts[0] = torch.sigmoid(self.shared_expert_gate(x)) * parts[0]
+        y: Tensor = self.down_proj(torch.cat(parts, dim=-1))
+        return y
+
+
+class NoFFN(nn.Module):
+    """Adds nothing, and needs no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class RoutedBlock(nn.Module):
     """Gate and experts of one layer, `index` among those with experts."""
 
@@ -256,6 +281,12 @@ class RoutedModel(_Loading, LlamaModel):
             if self.block_name != "mlp":
                 self.layers[i].add_module(self.block_name, block)
             self.layers[i].mlp = block if self.block_name == "mlp" else _Elsewhere(block)
+        for i, condensed in (config.condensed_layers or {}).items():
+            layer = self.layers[int(i)]
+            if condensed["width"]:
+                layer.mlp = CondensedFFN(config.hidden_size, **condensed)
+            else:
+                layer.mlp, layer.post_attention_layernorm = NoFFN(), nn.Identity()
         for layer in self.layers:
             attention = layer.self_attn
             if config.qkv_bias_only:

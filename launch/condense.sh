@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Condense a model with experts: launch/condense.sh MODEL OUT LAYERS EXPERTS CORPUS [RANKS]
+#
+# LAYERS of its layers become dense ones of their shared experts and EXPERTS others, chosen on CORPUS, a .jsonl or .txt
+# file or a folder of them, by RANKS ranks of this machine. OUT gets weights.json, experts.json, layers.json, the engine
+# checkpoint `checkpoint`, and `hf` for transformers; what is there already is not searched for again.
+set -euo pipefail
+if [[ $# -lt 5 || $# -gt 6 || ! $3 =~ ^[0-9]+$ || ! $4 =~ ^[0-9]+$ || ! ${6:-1} =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: $0 MODEL OUT LAYERS EXPERTS CORPUS [RANKS]" >&2
+  exit 2
+fi
+model=$(realpath -m -- "$1") out=$(realpath -m -- "$2") corpus=$(realpath -m -- "$5") layers=$3 experts=$4 ranks=${6:-1}
+source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" runtime
+
+tool() { "$PYTHON" -P -m checkpoint_tools "$@"; }
+search() {
+  if [[ $ranks == 1 ]]; then
+    tool condense "$@" --resume
+  else
+    GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} "$PYTHON" -P "$ROOT/launch/torchrun.py" --standalone \
+      --nproc-per-node "$ranks" -m checkpoint_tools condense "$@" --resume
+  fi
+}
+cd "$ROOT" # where `python -m checkpoint_tools` is found
+tool condense apply "$model" "$out/checkpoint" --layers "$layers" --experts "$experts" --dry-run --overwrite
+mkdir -p "$out"
+kept=()
+if [[ $experts -gt 0 ]]; then
+  [[ -e $out/weights.json ]] || tool condense weights "$model" --corpus "$corpus" --out "$out/weights.json"
+  kept=(--experts "$experts" --weights "$out/weights.json")
+  [[ -e $out/experts.json ]] || search experts "$model" --corpus "$corpus" "${kept[@]}" --out "$out/experts.json"
+  kept+=(--lists "$out/experts.json")
+fi
+[[ -e $out/layers.json ]] ||
+  search layers "$model" --corpus "$corpus" --layers "$layers" "${kept[@]}" --out "$out/layers.json"
+tool condense apply "$model" "$out/checkpoint" --layers "$layers" "${kept[@]}" --order "$out/layers.json" --overwrite
+case $(tool inspect "$out/checkpoint") in
+  *Mixtral* | *Qwen2Moe* | *Qwen3Moe* | *Olmoe*) code=(--c2r) ;; # transformers has its own, which knows no condensed layer
+  *) code=() ;;
+esac
+tool export "$out/checkpoint" "$out/hf" "${code[@]}" --overwrite
