@@ -54,7 +54,7 @@ class Arm:
             for layer in layers
         ]
         with torch.no_grad():
-            trainer.pipeline.forward(trainer._part(0))
+            trainer.pipeline.forward(trainer.feed.part(0, 0))
         for hook in hooks:
             hook.remove()
         return cls(trainer, choices)

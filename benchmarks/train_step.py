@@ -91,7 +91,7 @@ def our_step(recompute: str, meshes: Meshes) -> Step:
     optimizer = make_optimizer(models, TRAIN)
 
     def step(batch: Batch) -> float:
-        loss, norm = sum_over_ranks(pipeline.train([batch]), models, meshes.world)
+        loss, norm, _ = sum_over_ranks(pipeline.train([batch]), models, meshes.world)
         clip_gradients(models, norm, TRAIN.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """The command line, `ep-engine ...`: see `ep-engine --help`."""
 
+import math
 import os
 import sys
 from itertools import chain
@@ -157,6 +158,8 @@ def train_command(
     if world.rank == 0:
         typer.echo(f"{world.size} ranks on {device.type} (parallel.device = {config.parallel.device})", err=True)
     summary = train(run, world, report=_print_line)
+    if summary.get("stopped") == "SIGTERM":
+        job.tell_stopped(world.local_rank)
     if as_json and world.rank == 0:
         print_json(summary)
 
@@ -388,7 +391,8 @@ def _report(values: dict[str, Any], as_json: bool, sentence: str) -> None:
 
 def _print_line(line: dict[str, Any]) -> None:
     typer.echo(
-        f"step {line['step']:>6}  loss {line['loss']:.4f}  norm {line['grad_norm']:.3f}  "
+        f"step {line['step']:>6}  loss {math.nan if line['loss'] is None else line['loss']:.4f}  norm "
+        f"{line['grad_norm']:.3f}  "
         f"{line['tokens_per_second']:.0f} tokens/s",
         err=True,
     )

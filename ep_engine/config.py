@@ -135,7 +135,7 @@ class DataSection(_Section):
 
 
 class TrainSection(_Section):
-    """How long, and with what optimiser (AdamW, cosine schedule)."""
+    """How long, and with what optimiser (AdamW)."""
 
     steps: int = Field(ge=1)
     """optimiser steps"""
@@ -143,8 +143,20 @@ class TrainSection(_Section):
     """peak learning rate"""
     min_learning_rate: FiniteFloat = Field(1e-4, ge=0)
     """learning rate at the last step"""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """how the rate falls after warm-up: half a cosine; a line; not until the last steps (WSD)"""
     warmup_steps: int = Field(20, ge=0)
     """steps of linear warm-up"""
+    warmup_tokens: int | None = Field(None, ge=1)
+    """the same in tokens, in the place of steps"""
+    decay_steps: int | None = Field(None, ge=1)
+    """last steps over which the rate of wsd falls, in a line [a tenth of all]"""
+    gate_learning_rate: FiniteFloat | None = Field(None, gt=0)
+    """peak rate of routers and other gates [that of all]"""
+    trainable: Literal["all", "condensed-experts"] = "all"
+    """what is trained: all weights; of condensed layers the matrices alone"""
+    freeze: list[str] = []
+    """patterns such as "layers.*.moe.router.*" of weights that stay as they are; each must match one"""
     weight_decay: FiniteFloat = Field(0.1, ge=0)
     """of matrices; norms and biases have none"""
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -153,6 +165,12 @@ class TrainSection(_Section):
     """AdamW's second moment"""
     clip_grad_norm: float = Field(1.0, gt=0)
     """largest global gradient norm"""
+    skip_steps: int = Field(0, ge=0)
+    """steps in a row that may be left out because loss or gradient are no numbers; one more stops the run"""
+    spike_factor: FiniteFloat | None = Field(None, gt=1)
+    """a loss so many times the mean of the last 20 steps goes back to the last checkpoint, and on with later data"""
+    time_limit_s: FiniteFloat | None = Field(None, gt=0)
+    """seconds after which a run saves and ends, as it does on SIGTERM"""
     seed: int = 0
     """of new weights and of the order of batches"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -172,6 +190,15 @@ class TrainSection(_Section):
             raise ValueError(
                 f"train.min_learning_rate ({self.min_learning_rate}) must not be above train.learning_rate "
                 f"({self.learning_rate}), from which the rate falls; lower it"
+            )
+        if self.warmup_tokens is not None and "warmup_steps" in differing(self):
+            raise ValueError(
+                f"train.warmup_tokens ({self.warmup_tokens}) and train.warmup_steps ({self.warmup_steps}) are both set;"
+                " leave one out"
+            )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"train.decay_steps ({self.decay_steps}) has no effect on train.schedule {self.schedule}; leave it out"
             )
         return self
 

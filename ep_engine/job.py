@@ -29,5 +29,12 @@ def has_begun(run_folder: Path) -> bool:
     return maker == _this_job() and (maker != _NO_ID or counted)
 
 
+def tell_stopped(local_rank: int) -> None:
+    """Tell launch/torchrun.py that ranks which were signalled have saved and end well, which torchrun never says."""
+    marker = os.environ.get("EP_STOPPED_FILE")
+    if marker is not None and local_rank == 0:
+        Path(marker).touch()
+
+
 def _this_job() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", _NO_ID)

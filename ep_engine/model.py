@@ -5,6 +5,7 @@ Shape letters:  B rows   S positions   T = B * S tokens   D model dim   V vocabu
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ class Decoder(nn.Module):
         if self.is_first:
             assert self.embed is not None, "the first stage has one"
             x = self.embed(x)
+            if torch.is_grad_enabled() and not x.requires_grad:  # what is frozen must not end the backward of a stage
+                x.requires_grad_()
         apart = None if documents_BS is None else keep_apart(documents_BS, self.config.sliding_window)
         if cache is not None:
             apart = cache.begin(x.shape[1], self.config.sliding_window)

@@ -1,4 +1,4 @@
-"""The optimiser: fused AdamW on sharded weights, a cosine schedule, and the gradient norm over all ranks."""
+"""The optimiser: fused AdamW on sharded weights, and the gradient norm over all ranks."""
 
 import math
 from collections.abc import Sequence
@@ -16,25 +16,35 @@ from ep_engine.parallelize import entries_of, named_parameters
 from ep_engine.stopwatch import part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_GATES = (".router.", ".shared_gate.", ".residual.gate.")
 
 
 def make_optimizer(stages: Sequence[Decoder], train: TrainSection) -> torch.optim.AdamW:
-    """AdamW, arXiv:1711.05101, with its moments made at once, so that a checkpoint can be loaded into them."""
-    parameters = [p for _, p in named_parameters(stages)]
+    """AdamW, arXiv:1711.05101, of what is trained, with its moments made at once, so that a checkpoint can be loaded
+    into them.
+    """
+    trained = [(name, p) for name, p in named_parameters(stages) if p.requires_grad]
+    of_gates = 1.0 if train.gate_learning_rate is None else train.gate_learning_rate / train.learning_rate
     # Groups of one kind: the fused step takes DTensors or plain tensors.
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.ndim >= 2, isinstance(parameter, DTensor)), []).append(parameter)
+    groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
+    for name, parameter in trained:
+        kind = parameter.ndim >= 2, isinstance(parameter, DTensor), any(part in name for part in _GATES)
+        groups.setdefault(kind, []).append(parameter)
     optimizer = torch.optim.AdamW(
         [
-            {"params": of_kind, "weight_decay": train.weight_decay if is_matrix else 0.0}
-            for (is_matrix, _), of_kind in groups.items()
-        ],
+            {
+                "params": of_kind,
+                "weight_decay": train.weight_decay if is_matrix else 0.0,
+                "share": of_gates if is_gate else 1.0,
+            }
+            for (is_matrix, _, is_gate), of_kind in groups.items()
+        ]
+        or [{"params": [], "share": 1.0}],  # a stage that is frozen as a whole
         lr=train.learning_rate,
         betas=(train.beta1, train.beta2),
         fused=True,
     )
-    for parameter in parameters:
+    for _, parameter in trained:
         moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
         step = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
         optimizer.state[parameter] = {"step": step, **moments}
@@ -47,7 +57,8 @@ def moment_entries(
     """Checkpoint entries of both moments, `exp_avg/<entry of the weight>` and `exp_avg_sq/...`; see `entries_of`."""
     entries: dict[str, Shard] = {}
     for moment in _MOMENTS:
-        tensors = {name: optimizer.state[p][moment] for name, p in named_parameters(stages)}
+        trained = ((name, p) for name, p in named_parameters(stages) if p.requires_grad)
+        tensors = {name: optimizer.state[p][moment] for name, p in trained}
         entries |= entries_of(stages, tensors, f"{moment}/", experts=experts)
     return entries
 
@@ -58,31 +69,32 @@ def set_step(optimizer: torch.optim.AdamW, step: int) -> None:
         state["step"].fill_(step)
 
 
-def learning_rate(train: TrainSection, step: int) -> float:
-    """Rate of step 0..steps-1: linear warm-up, then half a cosine down to the minimum at the last step."""
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
-    span = max(train.steps - 1 - train.warmup_steps, 1)  # one step after warm-up has the peak rate
-    falling = 0.5 * (1 + math.cos(math.pi * min((step - train.warmup_steps) / span, 1.0)))
-    return train.min_learning_rate + (train.learning_rate - train.min_learning_rate) * falling
+def set_learning_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
+    """Of the next step; gates have their share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
 
 
-def sum_over_ranks(loss: Tensor, stages: Sequence[Decoder], group: dist.ProcessGroup) -> tuple[float, float]:
-    """The loss and the gradient norm of all ranks.
+def sum_over_ranks(
+    loss: Tensor, stages: Sequence[Decoder], group: dist.ProcessGroup, more: float = 0.0
+) -> tuple[float, float, float]:
+    """The loss and the gradient norm of all ranks, and the sum of `more`, which travels along.
 
     Args:
         loss: this rank's share of the loss, a scalar.
         stages: after the backward pass.
         group: all ranks.
+        more: a number of this rank.
     """
     own = (p for stage in stages for name, p in stage.named_parameters() if name not in stage.copies)
-    grads = [p.grad for p in own if p.grad is not None]
-    squares = torch.stack([_local(grad).float().square().sum() / _copies(grad) for grad in grads]).sum()
-    both = torch.stack((loss.detach().float(), squares))
+    loss = loss.detach().float()
+    squares = [_local(p.grad).float().square().sum() / _copies(p.grad) for p in own if p.grad is not None]
+    square = torch.stack(squares).sum() if squares else torch.zeros_like(loss)
+    sums = torch.stack((loss, square, torch.full_like(loss, more)))
     with part("waiting"):
-        dist.all_reduce(both, group=group)
-    total, square = both.tolist()
-    return total, math.sqrt(square) if square >= 0 else math.nan
+        dist.all_reduce(sums, group=group)
+    total, squared, of_all = sums.tolist()
+    return total, math.sqrt(squared) if squared >= 0 else math.nan, of_all
 
 
 def clip_gradients(stages: Sequence[Decoder], norm: float, largest: float) -> None:

@@ -23,6 +23,7 @@ from ep_engine.placement import Placement, read_placement
 from ep_engine.run_folder import check_unused
 from ep_engine.stages import Stages
 from ep_engine.tokens import TokenFile
+from ep_engine.trained import check_trained
 from ep_engine.vocabulary import check_range, check_token_file, read_vocabulary
 
 ONE = "all"  # domain of a run without domains
@@ -148,6 +149,7 @@ def resolve_layout(
     check_ranks(config, world_size)
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
     check_split(config, model)
+    check_trained(model, config.train.trainable, config.train.freeze)
     stages = make_stages(config, model)
     placement = _placement(config, model)
     if placement is not None:

@@ -18,27 +18,24 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from ep_engine import checkpoint, debug, job, run_folder, stopwatch
 from ep_engine.agreement import check_agreement
 from ep_engine.balancing import balance, move_biases, needs_numbers
-from ep_engine.batches import PADDING, Batch, heldout_batches, rows_of_rank
-from ep_engine.blend import reference_losses, updated_weights
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.entropy import entropy_sum
 from ep_engine.errors import Fault, UserError
-from ep_engine.evaluate import Evaluation, evaluate
+from ep_engine.feed import Feed
+from ep_engine.guard import GO_BACK, Guard
+from ep_engine.heldout import HeldOut
 from ep_engine.initial import initialise
 from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.metrics import Metrics
@@ -46,9 +43,9 @@ from ep_engine.mfu import flops_of_token, peak_of
 from ep_engine.model_config import read_model_config
 from ep_engine.optimizer import (
     clip_gradients,
-    learning_rate,
     make_optimizer,
     moment_entries,
+    set_learning_rate,
     set_step,
     sum_over_ranks,
 )
@@ -59,6 +56,9 @@ from ep_engine.placement_watch import PlacementWatch, stored_profile
 from ep_engine.resolve import Run
 from ep_engine.routing_metrics import RoutingMetrics
 from ep_engine.saver import Saver
+from ep_engine.schedule import learning_rate
+from ep_engine.stopping import Stopping
+from ep_engine.trained import freeze_weights
 from ep_engine.transport import lost_peer
 from ep_engine.watch import RouterWatch
 
@@ -97,7 +97,7 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
     )
     with groups as meshes:
         trainer = Trainer(run, meshes, device)
-        with trainer.folder_opened(), trainer.saver:
+        with trainer.stopping, trainer.folder_opened(), trainer.saver:
             summary = trainer.run_steps(report if world.rank == 0 else lambda _: None)
         dist.barrier()
         return summary
@@ -107,8 +107,9 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
 class _Window:
     """What happened since the last line of metrics."""
 
+    first: int  # step it began after
     started: float = field(default_factory=time.perf_counter)
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of steps that were not left out
 
 
 class Trainer:
@@ -127,10 +128,10 @@ class Trainer:
         self.experts = meshes.experts
         data, train = self.config.data, self.config.train
         rows = data.batch_size // train.micro_batches  # of a part of a batch
-        self.tokens_per_step = data.batch_size * data.sequence_length
-        self.data, self.targets = run.blend(), self.tokens_per_step
-        self.heldout: dict[str, Any] = {}  # of the last evaluation
-        self._told_dry = False
+        self.tokens_per_step = self.targets = data.batch_size * data.sequence_length
+        self.feed = Feed(run, meshes, device)
+        self.stopping = Stopping(train.time_limit_s)
+        self.guard, self.last_norm = Guard(train), 0.0
         dtype: torch.dtype = getattr(torch, train.dtype)
         self.stages, self.ledger = build(
             run.model,
@@ -171,8 +172,11 @@ class Trainer:
             dtype=dtype,
             separate_documents=data.keeps_documents_apart,
             # Sums divided by the targets of all ranks: the gradients of all ranks then only have to be added.
-            loss=lambda logits, targets: entropy_sum(logits, targets, masked=self.data.masked) / self.targets,
+            loss=lambda logits, targets: entropy_sum(logits, targets, masked=self.feed.blend.masked) / self.targets,
         )
+        dp = self.dp_rank, self.dp_size
+        self.heldout = HeldOut(run, self.pipeline, self.group, dp, self.tp_size)
+        freeze_weights(self.stages, train.trainable, train.freeze)
         self.optimizer = make_optimizer(self.stages, train)
         self.step = self.first_step = self._looked_at = self._load()
         self.routing, self.placement_watch = self._watch_routing()
@@ -192,33 +196,42 @@ class Trainer:
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
-        weights = entries_of(self.stages, experts=self.experts)
         if self.run.checkpoint is None:
+            weights = entries_of(self.stages, experts=self.experts)
             initialise(weights, self.run.model, self.config.train.seed)
             return 0
-        moments = moment_entries(self.stages, self.optimizer, experts=self.experts) if self.run.resume else {}
-        stored = read_model_config(self.run.checkpoint / "model.json").moe
+        return self._load_from(self.run.checkpoint, moments=self.run.resume is not None)
+
+    def _load_from(self, folder: Path, *, moments: bool) -> int:
+        """Fill the weights from a checkpoint, and the moments; returns the step to go on from."""
+        weights = entries_of(self.stages, experts=self.experts)
+        stored = read_model_config(folder / "model.json").moe
         if stored is not None and not stored.selection_bias:  # the run begins to move one
             for name in [name for name in weights if name.endswith(".router.bias")]:
                 weights.pop(name).tensor.zero_()
-        kept = checkpoint.load(self.run.checkpoint, {**weights, **moments}, group=self.group)
-        step: int = kept["step"] if self.run.resume else 0
+        beside = moment_entries(self.stages, self.optimizer, experts=self.experts) if moments else {}
+        kept = checkpoint.load(folder, {**weights, **beside}, group=self.group)
+        step: int = kept["step"] if moments else 0
         set_step(self.optimizer, step)
         return step
 
     def run_steps(self, report: Report) -> dict[str, Any]:
         """All steps that are left, the last evaluation and the summary."""
         folder, train = self.config.output.folder, self.config.train
-        window = _Window()
-        self._tell_cut()
+        window = _Window(self.step)
         while not self._is_over():
             with self._peers_watched(f"step {self.step + 1}"):
-                window.losses.append(self._timed_step())
+                loss = self._timed_step()
                 self.saver.poll(self.group)
+                window.losses += [] if loss is None else [loss]
+                if loss is not None and self.guard.is_spike(loss) and self._go_back(loss):
+                    window = _Window(self.step)
+                    continue
             if self.config.data.heldout_every and self.step % self.config.data.heldout_every == 0:
                 before = time.perf_counter()
                 with self._peers_watched(f"the evaluation at step {self.step}"):
-                    self._evaluate_midway()
+                    self._tighten(1.0)  # the rule that is in the checkpoint
+                    self.heldout.midway(self.step, self.stages, self.ledger, self.feed.blend)
                 window.started += time.perf_counter() - before
             saving = self._is_over() or (train.save_every is not None and self.step % train.save_every == 0)
             if saving or self.step % train.log_every == 0:  # a run that goes on from here has all lines before
@@ -229,7 +242,7 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.append(line)
                 report(line)
-                window = _Window()
+                window = _Window(self.step)
             if saving:
                 before = time.perf_counter()
                 with self._peers_watched(f"the save at step {self.step}"):
@@ -251,7 +264,7 @@ class Trainer:
         """See agreement.py."""
         entries = entries_of(self.stages, experts=self.experts)
         moments = moment_entries(self.stages, self.optimizer, experts=self.experts)
-        check_agreement(self.stages, entries | moments, self._part(0), self.meshes, self.step)
+        check_agreement(self.stages, entries | moments, self.feed.part(0, self.step), self.meshes, self.step)
 
     @contextmanager
     def _peers_watched(self, where: str) -> Iterator[None]:
@@ -263,126 +276,104 @@ class Trainer:
                 raise
             raise lost_peer(error, self.group, "world", where) from error
 
-    def _timed_step(self) -> float:
+    def _timed_step(self) -> float | None:
         """One step; of the last before a line of metrics it is known where its time went."""
         if (self.step + 1) % self.config.train.log_every and self.step + 1 < self.config.train.steps:
             return self.one_step()
         with stopwatch.running(self.device) as self.stopwatch:
             return self.one_step()
 
-    def one_step(self) -> float:
-        """One step of the optimiser; returns the loss of the batch."""
-        train = self.config.train
+    def one_step(self) -> float | None:
+        """One step of the optimiser; returns the loss of the batch, None if it was left out."""
         tighten_steps = self.config.routing.tighten_steps
         self._tighten(self.step / tighten_steps if tighten_steps else 1.0)
         self.watch.begin_step()
-        parts = [self._part(i) for i in range(train.micro_batches)]
-        self.targets = self._count_targets(parts)
-        numbers = [self._numbers(i, part) for i, part in enumerate(parts)] if self.numbered else None
-        share = self.pipeline.train(parts, numbers)
+        parts = self.feed.parts(self.step)
+        self.targets = self.feed.count_targets(parts)
+        share = self.pipeline.train(parts, self.feed.numbers(parts, self.step) if self.numbered else None)
         # Ranks of a tp group have the same loss.
-        total, norm = sum_over_ranks(share / self.tp_size, self.stages, self.group)
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            self.saver.wait()
-            kept = self.saver.last or self.run.resume
-            raise Fault(
-                f"step {self.step + 1}: the loss is {total} and the gradient norm {norm}; training stopped, "
-                f"{f'the last checkpoint is {kept}' if kept else 'no checkpoint was written yet'}, lower "
-                "train.learning_rate",
-                everywhere=True,
-            )
+        total, norm, wanted = sum_over_ranks(share / self.tp_size, self.stages, self.group, self.stopping.wanted())
+        self.stopping.agree(wanted)
+        counts = math.isfinite(total) and math.isfinite(norm)
         with stopwatch.part("optimiser"):
-            clip_gradients(self.stages, norm, train.clip_grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(train, self.step)
-            self.optimizer.step()
+            if counts:
+                self._update(norm)
+            elif not self.guard.may_skip():
+                self._give_up(f"the loss is {total} and the gradient norm {norm}; training stopped")
+            elif self.rank == 0:
+                _log.warning("step %d is left out: the loss is %s, the gradient norm %s", self.step + 1, total, norm)
             self.optimizer.zero_grad()
-            if self.config.balance.bias_rate:
-                rate, stage = self.config.balance.bias_rate, self.meshes.stage.get_group()
-                move_biases(self.stages, self.watch.step_load_LE, rate, stage)
         self.step += 1
+        self.feed.advance(self.step)
+        return total if counts else None
+
+    def _update(self, norm: float) -> None:
+        train, bias_rate = self.config.train, self.config.balance.bias_rate
+        self.guard.counted()
+        clip_gradients(self.stages, norm, train.clip_grad_norm)
+        set_learning_rate(self.optimizer, learning_rate(train, self.step, self.tokens_per_step))
+        self.optimizer.step()
+        if bias_rate:
+            move_biases(self.stages, self.watch.step_load_LE, bias_rate, self.meshes.stage.get_group())
         self.last_norm = norm
-        for name in self.data.advance(self.config.data.batch_size):
-            if self.rank == 0:
-                _log.warning(
-                    "step %d: all rows of domain %s were read; they come again in another order", self.step, name
-                )
-        return total
+
+    def _give_up(self, what: str) -> NoReturn:
+        self.saver.wait()
+        kept = self.saver.last or self.run.resume
+        last = f"the last checkpoint is {kept}" if kept else "no checkpoint was written yet"
+        raise Fault(f"step {self.step + 1}: {what}, {last}, lower train.learning_rate", everywhere=True)
+
+    def _go_back(self, loss: float) -> bool:
+        """To the last checkpoint, with the data that come after; False if there is none."""
+        self.saver.wait()
+        kept = self.saver.last or self.run.resume
+        if kept is None:
+            self.guard.tell_once(self.rank, f"step {self.step}: the loss is {loss:.4f}, and there is no checkpoint yet")
+            return False
+        if not self.guard.may_go_back():
+            self._give_up(f"the loss is {loss}, a spike again after going back {GO_BACK} times")
+        at = self.step
+        self.step = self._load_from(kept, moments=True)
+        if self.metrics is not None:
+            self.metrics.forget_after(self.step)
+        if self.rank == 0:
+            _log.warning("step %d: the loss is %.4f, a spike; on from step %d with later data", at, loss, self.step)
+        return True
 
     def _is_over(self) -> bool:
-        """Whether all steps are done, or a domain has run dry that is not to be read again."""
-        data = self.config.data
-        if self.step >= self.config.train.steps:
-            return True
-        dry = self.data.runs_dry(data.batch_size) if data.when_exhausted == "stop" else None
-        if dry is not None and self.rank == 0 and not self._told_dry:
-            _log.warning(
-                "domain %s has run dry after step %d of %d; the run ends", dry, self.step, self.config.train.steps
-            )
-        self._told_dry = dry is not None
-        return dry is not None
-
-    def _tell_cut(self) -> None:
-        for name, count in self.data.cut_documents().items():
-            if self.rank == 0:
-                length = self.config.data.sequence_length
-                _log.warning("%d documents of domain %s are longer than %d tokens and cut there", count, name, length)
-
-    def _count_targets(self, parts: Sequence[Batch]) -> int:
-        """Tokens of the batch, on all ranks, that are to be learnt; at least 1."""
-        if not self.data.masked:
-            return self.tokens_per_step
-        count = torch.stack([(part.targets_BS >= 0).sum() for part in parts]).sum()
-        dist.all_reduce(count, group=self.meshes.dense["dp"].get_group())
-        return max(int(count), 1)
+        """Whether all steps are done, or something ends the run before."""
+        is_last = self.step >= self.config.train.steps
+        return is_last or self.stopping.reason is not None or self.feed.has_run_dry(self.step)
 
     def _tighten(self, done: float) -> None:
         for stage in self.stages:
             for moe in stage.moe_layers().values():
                 moe.router.rule.tighten(done)
 
-    def _part(self, part: int) -> Batch:
-        """This rank's rows of a part of the next batch."""
-        rows = self.data.ahead(self.config.data.batch_size)
-        of_part = len(rows) // self.config.train.micro_batches
-        mine = rows_of_rank(of_part, self.dp_rank, self.dp_size)
-        try:
-            return self.data.read([rows[part * of_part + i] for i in mine]).to(self.device)
-        except UserError as error:  # text that only this rank has read: not said before the start, nor by all
-            raise Fault(f"step {self.step + 1} on rank {self.rank}: {error}") from None
-
-    def _numbers(self, part: int, batch: Batch) -> Tensor:
-        """(B, S) int64: the numbers in the run of this rank's tokens of a part of the next batch, -1 of padding."""
-        data, parts = self.config.data, self.config.train.micro_batches
-        rows = len(batch.inputs_BS)
-        first = (self.step * parts + part) * (data.batch_size // parts) + self.dp_rank * rows
-        tokens = torch.arange(rows * data.sequence_length, device=self.device)
-        numbers = (first * data.sequence_length + tokens).view(rows, -1)
-        return numbers.masked_fill(batch.documents_BS == PADDING, -1)
-
     def _metrics(self, window: _Window) -> dict[str, Any]:
         seconds = time.perf_counter() - window.started
         line: dict[str, Any] = {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
-            "loss": statistics.fmean(window.losses),
+            "loss": statistics.fmean(window.losses) if window.losses else None,
             "losses": window.losses,
             "grad_norm": self.last_norm,
-            "learning_rate": learning_rate(self.config.train, self.step - 1),
-            "tokens_per_second": len(window.losses) * self.tokens_per_step / seconds,
+            "learning_rate": learning_rate(self.config.train, self.step - 1, self.tokens_per_step),
+            "tokens_per_second": (self.step - window.first) * self.tokens_per_step / seconds,
+            **self.guard.told(),
         }
         line |= self._utilisation(line["tokens_per_second"] / self.num_ranks)
         self.speeds.append(line["tokens_per_second"])
-        if len(self.data.names) > 1:
-            line["domains"] = self.data.by_domain()
-        if self.heldout:
-            line["heldout"] = self.heldout
+        if len(self.feed.blend.names) > 1:
+            line["domains"] = self.feed.blend.by_domain()
+        if self.heldout.last:
+            line["heldout"] = self.heldout.last
         if self.stopwatch is not None:
             groups = self.meshes.dispatch, self.meshes.stage.get_group(), self.group
             line["seconds_of_step"] = stopwatch.split(self.stopwatch, self.device, *groups)
             self.stopwatch = None
         if self.routing is not None:
-            line |= self.routing.line(len(window.losses))
+            line |= self.routing.line(self.step - window.first)
         found = self.placement_watch.take() if self.placement_watch is not None else None
         return line | ({"placement": found} if found is not None else {})
 
@@ -405,61 +396,23 @@ class Trainer:
             "device": str(self.device),
             "tokens_per_second": statistics.median(speeds) if speeds else None,
             "tokens_per_second_spread": [min(speeds), max(speeds)] if speeds else None,
-            "heldout_loss": None,
+            **self.guard.told(),
         }
-        found = self._evaluate()
-        changed = None
-        if found:
-            total = sum(one.num_tokens for one in found.values())
-            loss = sum(one.loss * one.num_tokens for one in found.values()) / total
-            summary |= {"heldout_loss": loss, "heldout_tokens": total}
-            if len(found) > 1:
-                summary["heldout_losses"] = {name: one.loss for name, one in found.items()}
-            shares = [one.changed_share for one in found.values() if one.changed_share is not None]
-            changed = statistics.fmean(shares) if shares else None
+        if self.stopping.reason is not None:  # who stops a run wants it to end
+            told, changed = {"heldout_loss": None, "stopped": self.stopping.reason}, None
+        else:
+            self._tighten(1.0)
+            told, changed = self.heldout.summary()
+        summary |= told
         if self.routing is not None and self.speeds:
             summary |= self.routing.summary(changed)
         placed = self.placement_watch.take(wait=True) if self.placement_watch is not None else None
         return summary | ({"placement": placed} if placed is not None else {})
 
-    def _evaluate(self) -> dict[str, Evaluation]:
-        """Of every domain."""
-        self._tighten(1.0)  # the rule that is in the checkpoint
-        data = self.config.data
-        found = {}
-        for name, file in self.run.heldout.items():
-            batches = heldout_batches(
-                file,
-                sequence_length=data.sequence_length,
-                batch_size=data.batch_size,
-                num_batches=data.heldout_batches,
-                rank=self.dp_rank,
-                num_ranks=self.dp_size,
-                packing=data.packing,
-            )
-            moe_layers = len(self.run.model.moe_layers())
-            found[name] = evaluate(self.pipeline, batches, self.group, moe_layers=moe_layers, sharing=self.tp_size)
-        return found
-
-    def _evaluate_midway(self) -> None:
-        """Losses of the domains for the next line of metrics, and for their weights, if those follow."""
-        with self.ledger.kept():
-            found = self._evaluate()
-        for stage in self.stages:  # what stands whole for a forward pass would be saved as it is
-            for module in stage.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-        self.heldout = {"step": self.step, "loss": {name: one.loss for name, one in found.items()}}
-        data = self.config.data
-        if data.dynamic_weights is not None and data.reference_losses is not None:
-            losses = np.array([found[name].loss for name in self.data.names])
-            aims = reference_losses(data.reference_losses, self.data.names)
-            self.data.reweigh(updated_weights(data.dynamic_weights, self.data.weights_D, losses, aims))
-
     def _save(self) -> None:
         moments = moment_entries(self.stages, self.optimizer, experts=self.experts)
         entries = entries_of(self.stages, experts=self.experts) | moments
-        self.saver.save(self.step, entries, self.data.state())
+        self.saver.save(self.step, entries, self.feed.blend.state())
 
     def _watch_routing(self) -> tuple[RoutingMetrics | None, PlacementWatch | None]:
         """What the routers do, on every rank; and whether their placement is still good, on the first."""

@@ -57,7 +57,7 @@ def spoil_rule(trainer: Trainer) -> None:
 
 
 def spoil_text(trainer: Trainer) -> None:
-    trainer.data._order["seed"] += 1
+    trainer.feed.blend._order["seed"] += 1
 
 
 def nothing(_: Trainer) -> None:

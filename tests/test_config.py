@@ -20,9 +20,11 @@ KEYS = [
     "data.train", "data.weights", "data.when_exhausted", "data.packing", "data.heldout", "data.heldout_every",
     "data.dynamic_weights", "data.reference_losses", "data.tokenizer", "data.sequence_length", "data.batch_size",
     "data.heldout_batches", "data.separate_documents",
-    "train.steps", "train.learning_rate", "train.min_learning_rate", "train.warmup_steps", "train.weight_decay",
-    "train.beta1", "train.beta2", "train.clip_grad_norm", "train.seed", "train.dtype", "train.micro_batches",
-    "train.recompute", "train.log_every", "train.save_every",
+    "train.steps", "train.learning_rate", "train.min_learning_rate", "train.schedule", "train.warmup_steps",
+    "train.warmup_tokens", "train.decay_steps", "train.gate_learning_rate", "train.trainable", "train.freeze",
+    "train.weight_decay", "train.beta1", "train.beta2", "train.clip_grad_norm", "train.skip_steps",
+    "train.spike_factor", "train.time_limit_s", "train.seed", "train.dtype", "train.micro_batches", "train.recompute",
+    "train.log_every", "train.save_every",
     "parallel.pipeline_parallel_size", "parallel.pipeline_schedule", "parallel.pipeline_layers",
     "parallel.data_parallel_size", "parallel.tensor_parallel_size", "parallel.expert_parallel_size",
     "parallel.expert_tensor_parallel_size", "parallel.reshard_after_forward", "parallel.device", "parallel.timeout_s",
@@ -65,7 +67,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 77
+    assert len(KEYS) == 86
     assert len(KEYS) <= 100
 
 

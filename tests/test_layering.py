@@ -24,9 +24,9 @@ ORDER = [
     "whole_model", "saver", "initial",
     "plain_pickle", "collaboration", "published", "constrain",
     "locality", "solver", "place", "placement_watch", "metrics",
-    "mesh", "connect", "parallelize", "pipeline", "optimizer", "evaluate",  # what shares it
+    "mesh", "connect", "parallelize", "pipeline", "schedule", "trained", "optimizer", "evaluate",  # what shares it
     "watch", "balancing", "agreement",
-    "layout", "resolve", "routing_metrics", "mfu", "trainer",  # what trains it
+    "layout", "resolve", "routing_metrics", "mfu", "guard", "stopping", "feed", "heldout", "trainer",  # what trains it
     "routing_trace", "expert_traffic", "activations", "weight_groups", "memory", "dense_traffic",  # what foretells it
     "cluster", "work", "plan_run", "simulate", "what_if",
     "loaded_model", "generate", "perplexity", "task_suites", "lm_eval_model", "scores",  # what asks it

@@ -2,16 +2,17 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ep_engine.config import TrainSection
-from ep_engine.optimizer import learning_rate
+from ep_engine.schedule import learning_rate, warmup_steps
 
 
-def schedule(**keys: float) -> list[float]:
+def schedule(**keys: Any) -> list[float]:
     """The rate of every step."""
     train = TrainSection(**{"learning_rate": 1.0, "min_learning_rate": 0.2, **keys})
     return [learning_rate(train, step) for step in range(train.steps)]
@@ -48,3 +49,16 @@ def test_rates_rise_to_the_peak_and_fall_to_the_minimum(steps: int, warmup: int,
         assert falling[0] == pytest.approx(peak)
     if len(falling) > 1:
         assert falling[-1] == pytest.approx(low)
+
+
+def test_a_line_and_a_plateau_by_hand() -> None:
+    assert schedule(steps=7, warmup_steps=2, schedule="linear") == pytest.approx([0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    wsd = schedule(steps=9, warmup_steps=2, schedule="wsd", decay_steps=4)
+    assert wsd == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert schedule(steps=40, warmup_steps=0, schedule="wsd")[35:] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_warm_up_may_be_told_in_tokens() -> None:
+    train = TrainSection(steps=9, warmup_tokens=1000)
+    assert warmup_steps(train, 300) == 4
+    assert [learning_rate(train, step, 300) for step in range(4)] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
