@@ -143,7 +143,7 @@ def layers_command(
 @condense_app.command("apply")
 def apply_command(
     source: Folder,
-    out: Annotated[Path, typer.Argument(help="engine checkpoint to write; `export --c2r` makes a folder of it")],
+    out: Annotated[Path, typer.Argument(help="engine checkpoint to write; `export` makes a folder of it")],
     layers: Annotated[int, typer.Option(help="to condense, the first of --order")],
     experts: Annotated[int, typer.Option(help="of a condensed layer, beside its shared ones")] = 0,
     order: Annotated[Path | None, typer.Option(help="as `condense layers` writes it")] = None,
