@@ -71,7 +71,7 @@ def export_command(
     out: Out,
     family: Annotated[str | None, typer.Option(help="to which family [the one it came from]")] = None,
     c2r: Annotated[
-        bool, typer.Option("--c2r", help="with our modeling file, which runs constrained routing in transformers")
+        bool, typer.Option("--c2r", help="with our modeling file, as condensed layers always are: it runs all rules")
     ] = False,
     overwrite: Overwrite = False,
     resume: Resume = False,

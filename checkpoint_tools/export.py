@@ -87,7 +87,7 @@ def prepare(
         out: folder to write.
         family: name of another family.
         our_code: write our modeling file, which computes the rules of constrained routing, where transformers has its
-            own code.
+            own code; a model with condensed layers gets it without being asked.
         shard_bytes: largest size of a weight file, unless a single tensor is larger.
 
     Raises:

@@ -34,8 +34,4 @@ fi
 [[ -e $out/layers.json ]] ||
   search layers "$model" --corpus "$corpus" --layers "$layers" "${kept[@]}" --out "$out/layers.json"
 tool condense apply "$model" "$out/checkpoint" --layers "$layers" "${kept[@]}" --order "$out/layers.json" --overwrite
-case $(tool inspect "$out/checkpoint") in
-  *Mixtral* | *Qwen2Moe* | *Qwen3Moe* | *Olmoe*) code=(--c2r) ;; # transformers has its own, which knows no condensed layer
-  *) code=() ;;
-esac
-tool export "$out/checkpoint" "$out/hf" "${code[@]}" --overwrite
+tool export "$out/checkpoint" "$out/hf" --overwrite

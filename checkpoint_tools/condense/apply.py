@@ -253,13 +253,14 @@ def sizes(config: ModelConfig, options: ApplyOptions, order: Path | None, bytes_
         raise UserError(f"the model has {shape}, so its size depends on --order; give it")
     chosen = list(range(options.layers)) if order is None else read_order(order, shape, options.layers)
     after = condensed_config(config, kept, chosen, keep_scales=options.keep_scales)
-    count = _count(after)
+    count = count_parameters(after)
     layers = config.moe_layers()
     names = [f"layers.{layers[index]}.ffn.{name}.weight" for index in chosen for name in _NAMES]
     entries = expected_entries(after) if options.instead == "condensed" else {}
     trainable = sum(torch.Size(entries[name]).numel() for name in names if name in entries)
-    return Sizes(count, _count(config), trainable, bytes_of(count))
+    return Sizes(count, count_parameters(config), trainable, bytes_of(count))
 
 
-def _count(config: ModelConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
+    """Of all weights."""
     return sum(torch.Size(shape).numel() for shape in expected_entries(config).values())

@@ -1,4 +1,4 @@
-"""The command line: `python -m checkpoint_tools condense weights | experts | layers | apply`."""
+"""The command line: `python -m checkpoint_tools condense weights | experts | layers | apply | merge`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -143,7 +143,7 @@ def layers_command(
 @condense_app.command("apply")
 def apply_command(
     source: Folder,
-    out: Annotated[Path, typer.Argument(help="engine checkpoint to write; `export --c2r` makes a folder of it")],
+    out: Annotated[Path, typer.Argument(help="engine checkpoint to write; `export` makes a folder of it")],
     layers: Annotated[int, typer.Option(help="to condense, the first of --order")],
     experts: Annotated[int, typer.Option(help="of a condensed layer, beside its shared ones")] = 0,
     order: Annotated[Path | None, typer.Option(help="as `condense layers` writes it")] = None,
@@ -181,3 +181,36 @@ def apply_command(
             f"{out} {'would have' if dry_run else 'has'} {need.parameters:,} parameters, {need.memory_ratio:.1%} of "
             f"{need.parameters_before:,}, {need.bytes / 2**30:.2f} GiB"
         )
+
+
+@condense_app.command("merge")
+def merge_command(
+    source: Folder,
+    out: Annotated[Path, typer.Argument(help="engine checkpoint to write; `export` makes a folder of it")],
+    corpus: Corpus,
+    experts: Annotated[int, typer.Option(min=1, help="that a layer is left with")],
+    layers: Annotated[int | None, typer.Option(help="to merge, the first of --order [all]")] = None,
+    order: Annotated[Path | None, typer.Option(help="as `condense layers` writes it")] = None,
+    max_length: MaxLength = 256,
+    max_texts: MaxTexts = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")] = False,
+    resume: Resume = False,
+    as_json: Json = False,
+) -> None:
+    """To compare with: fewer experts in a layer, each the mean of some that are alike (M-SMoE)."""
+    from checkpoint_tools.condense.apply import count_parameters
+    from checkpoint_tools.condense.merge import MergeOptions, prepare
+    from checkpoint_tools.conversion import How
+
+    check_output_folder(out, overwrite=overwrite)
+    options = MergeOptions(experts, layers, max_length, max_texts)
+    conversion, texts = prepare(source, out, corpus, options, order)
+    gap = conversion.run(How(overwrite, resume))
+    assert gap is not None, "it was asked for"
+    before, after = count_parameters(conversion.source.config), count_parameters(conversion.config)
+    if as_json:
+        print_json({"written": str(out), "parameters": after, "parameters_before": before, "logit_gap":
+                    gap.max_abs_diff, "groups": conversion.options["groups"], "tokens": texts.num_tokens,
+                    "cut": texts.num_cut})  # fmt: skip
+    else:
+        typer.echo(f"{out} has {after:,} parameters, {after / before:.1%} of {before:,}")

@@ -4,7 +4,7 @@ The weight is the one that the model gives it: for DeepSeekMoE and Qwen1.5-MoE t
 divided by the sum of the chosen. One pass over the texts, from which both sums come by scattered additions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from checkpoint_tools.forward import feed_forward, normed, routed
 from checkpoint_tools.source import Source, open_source
 from ep_engine.attention import Positions
 from ep_engine.progress import bar
+from ep_engine.router import Routing
 
 
 def run_weights(
@@ -35,22 +36,27 @@ def run_weights(
     return found, texts
 
 
-@torch.no_grad()
 def count_weights(model: Source, texts: Texts, advance: Callable[[int], None] = lambda _: None) -> Weights:
     """Sums and counts of every expert of every layer with experts."""
     shape = Shape.of(model.config)
     sum_LE = torch.zeros(shape.layers, shape.experts, dtype=torch.float64)
     count_LE = torch.zeros(shape.layers, shape.experts, dtype=torch.int64)
+    for index, chosen in enumerate(routings(model, texts, advance)):
+        ids_N = chosen.ids_TK.flatten()
+        sum_LE[index].scatter_add_(0, ids_N, chosen.weights_TK.flatten().double())
+        count_LE[index].scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    return Weights(sum_LE, count_LE)
+
+
+@torch.no_grad()
+def routings(model: Source, texts: Texts, advance: Callable[[int], None] = lambda _: None) -> Iterator[Routing]:
+    """What the router of every layer with experts says of all tokens; `advance` is told how many layers are done."""
     x_TD, positions = embedded(model, texts), Positions(model.config)
     for layer in range(model.config.num_layers):
         x_TD = checked(attended_texts(x_TD, texts, model, positions, layer), texts, f"attention of layer {layer}")
         if model.config.moe_of(layer) is not None:
-            chosen = routed(normed(x_TD, model.config, model.tensors, f"layers.{layer}.ffn_norm"), model.config, layer,
-                            model.tensors)  # fmt: skip
-            index, ids_N = model.config.moe_index(layer), chosen.ids_TK.flatten()
-            sum_LE[index].scatter_add_(0, ids_N, chosen.weights_TK.flatten().double())
-            count_LE[index].scatter_add_(0, ids_N, torch.ones_like(ids_N))
+            h_TD = normed(x_TD, model.config, model.tensors, f"layers.{layer}.ffn_norm")
+            yield routed(h_TD, model.config, layer, model.tensors)
         added_TD = feed_forward(x_TD.unsqueeze(0), model.config, model.tensors, layer)[0]
         x_TD = checked(x_TD + added_TD, texts, f"layer {layer}")
         advance(layer + 1)
-    return Weights(sum_LE, count_LE)

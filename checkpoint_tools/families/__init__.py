@@ -39,6 +39,8 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
 def family_of_model(model: ModelConfig, name: str | None = None, *, our_code: bool = False) -> Family:
     """The family that a model of the engine is exported to: `name`, the one it came from, or what fits what it has.
 
+    Condensed layers need our code, which is taken for them where there are two.
+
     Raises:
         UserError: there is no family of that name, or the code of the family ignores the model's rule; `our_code` is
             for those of which there are two.
@@ -51,10 +53,7 @@ def family_of_model(model: ModelConfig, name: str | None = None, *, our_code: bo
             raise UserError(f"--c2r has no effect on a model of {family.architecture}; leave it out")
         return twin
     if model.condensed and family.ignores_rules and twin is not None:
-        raise UserError(
-            f"layers {sorted(model.condensed)} are condensed, which transformers' own {family.architecture} has no "
-            "place for; pass --c2r to write our modeling file with it"
-        )
+        return twin
     if rule != "topk" and family.ignores_rules:
         raise UserError(
             f"the model's rule is {rule}, which transformers' own {family.architecture} ignores; pass --c2r to write "
