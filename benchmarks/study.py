@@ -56,7 +56,6 @@ from ep_engine.tokens import TokenFile
 from ep_engine.trainer import train
 
 RANKS = 2
-DEVICES = 4  # of the second part, a rank each
 BASE = "gradient"
 DOCUMENTATION = (Path(sysconfig.get_path("data")) / "share/doc", Path("/usr/share/doc"))
 Arms = dict[str, list[dict[str, Any]]]
@@ -84,12 +83,22 @@ class StudySizes:
     num_experts: int = 16  # of splits, residual ones included
     top_k: int = 4
     copies: int = 8  # of upcycled models, top-2
+    devices: int = 4  # of the second part, a rank each
     top_t: tuple[int, ...] = (4, 8, 12)
     max_devices: tuple[int, ...] = (1, 2)
     files: int | None = None  # of the corpus; None: all
 
 
-SMOKE = StudySizes(parent_steps=150, steps=30, tune_steps=15, seeds=2, profile_tokens=16_384, cluster_tokens=1024)
+SMOKE = StudySizes(
+    heldout_batches=4,
+    parent_steps=120,
+    steps=20,
+    tune_steps=10,
+    seeds=2,
+    profile_tokens=16_384,
+    cluster_tokens=1024,
+    top_t=(4, 8),
+)
 
 
 @dataclass
@@ -216,13 +225,19 @@ class Study:
         """Of every arm: the rule as `evaluate` names it, and the sections of its run file."""
         t, lists = max(self.sizes.top_t), {"profile": str(folder / "profile.npz")}
         placed = {"moe": {"placement": str(folder / "placed.json")}}
-        groups, grouped = {"rule": "group_limited", "num_groups": DEVICES}, {"rule": "c2r_grouped", "top_t": t, **lists}
+        groups, grouped = (
+            {"rule": "group_limited", "num_groups": self.sizes.devices},
+            {"rule": "c2r_grouped", "top_t": t, **lists},
+        )
         arms: dict[str, tuple[str, Sections]] = {"topk": ("topk", {}), "placed": ("topk", placed)}
         for few in self.sizes.top_t:
             arms[f"c2r-T{few}"] = f"c2r:{few}", placed | {"routing": {"rule": "c2r", "top_t": few, **lists}}
         for m in self.sizes.max_devices:
             arms[f"grouped-M{m}"] = f"c2r_grouped:{t}:{m}", placed | {"routing": {**grouped, "max_devices": m}}
-            arms[f"group_limited-M{m}"] = f"group_limited:{DEVICES}:{m}", {"routing": {**groups, "max_devices": m}}
+            arms[f"group_limited-M{m}"] = (
+                f"group_limited:{self.sizes.devices}:{m}",
+                {"routing": {**groups, "max_devices": m}},
+            )
         return arms
 
     def _place(self, base: Path, folder: Path) -> None:
@@ -234,7 +249,7 @@ class Study:
         asked = {"max_tokens": self.sizes.profile_tokens, "sequence_length": self.sizes.sequence_length}
         found = profile(base, text, **asked, keep_ids=True)
         found.profile.save(folder / "profile.npz")
-        placement, _ = place(found.profile, DEVICES, objective="distinct-devices", ids_LTK=found.ids_LTK)
+        placement, _ = place(found.profile, self.sizes.devices, objective="distinct-devices", ids_LTK=found.ids_LTK)
         placement.save(folder / "placed.json")
 
     def _train(
@@ -256,7 +271,7 @@ class Study:
             rule: of the second part, by which the start is evaluated.
             sections: of the second part.
         """
-        folder, ranks = self.out / "runs" / f"{name}-{seed}", DEVICES if rule else RANKS
+        folder, ranks = self.out / "runs" / f"{name}-{seed}", self.sizes.devices if rule else RANKS
         start = None if checkpoint is None else self._start(folder, checkpoint, rule or Rule())
         if not is_done(folder, steps):
             began = time.perf_counter()
@@ -335,8 +350,10 @@ class Study:
         }
         for what, found in says.items():
             console.print(sentence(what, found), soft_wrap=True)
-        one_in = 2 ** (self.sizes.seeds - 1)
-        console.print(f"of pairs that do not differ, 1 in {one_in} would still look so with {self.sizes.seeds} seeds")
+        if (seeds := self.sizes.seeds) > 1:
+            console.print(
+                f"of pairs without a difference 1 in {2 ** (seeds - 1)} would look like one with {seeds} seeds"
+            )
         draw(self.out / "study.png", {"constructions": constructed, "rules": tuned})
         arms = {"constructions": constructed, "rules": tuned}
         return {
@@ -413,7 +430,9 @@ def _train_rank(rank: int, config: RunConfig) -> dict[str, Any]:
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="all stages on a small scale, 15 minutes at most")
+    parser.add_argument(
+        "--smoke", action="store_true", help="all stages on a small scale, meant for less than 15 minutes"
+    )
     parser.add_argument("--out", type=Path, help="[runs/study, runs/study-smoke]")
     args = parser.parse_args()
     out = args.out or Path("runs/study-smoke" if args.smoke else "runs/study")

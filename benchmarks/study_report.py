@@ -92,7 +92,7 @@ def show(title: str, arms: Arms, rivals: dict[str, list[str]], console: Console)
             rest.append(format(means[key]["mean"], form) if key in means else "")
         beside = "\n".join(f"{rival}: {in_words(found)}" for rival, found in judged[name].items())
         spread = f"{end['mean']:.4f} ({end['least']:.4f}, {end['largest']:.4f})"
-        table.add_row(name, f"{means['start']['mean']:.4f}", spread, f"{means['gflop']['mean']:.0f}", *rest, beside)
+        table.add_row(name, f"{means['start']['mean']:.4f}", spread, f"{means['gflop']['mean']:.3g}", *rest, beside)
     console.print(table)
 
 

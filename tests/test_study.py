@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.study import Study, StudySizes, is_done, rivals_of
+from benchmarks.study import Study, StudySizes, is_done, main, rivals_of
 from benchmarks.study_report import UNTOLD, best, in_words, judge
 from ep_engine.errors import UserError
 
@@ -29,11 +29,12 @@ TINY = StudySizes(
     top_k=4,
     copies=4,
     top_t=(5,),
-    max_devices=(2,),
+    max_devices=(1,),
+    devices=2,
     files=60,
 )
 CONSTRUCTIONS = ["random", "clustering", "gradient", "residual", "upcycled", "upcycled-halves"]
-RULES = ["topk", "placed", "c2r T5", "grouped M2", "group_limited M2"]
+RULES = ["topk", "placed", "c2r T5", "grouped M1", "group_limited M1"]
 
 
 def test_a_difference_counts_if_all_seeds_agree() -> None:
@@ -87,6 +88,17 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "x"
 
 
+def test_a_mistake_is_a_sentence_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").touch()
+    monkeypatch.setattr("sys.argv", ["study", "--smoke", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"{tmp_path} is there and holds no study; choose another --out\n"
+
+
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, dict[str, Any]]:
     study = Study(tmp_path_factory.mktemp("study") / "out", TINY)
@@ -127,7 +139,7 @@ def test_rivals_have_the_same_tokens_or_the_same_flops(studied: tuple[Study, dic
     for name, of in (("dense, FLOPs of split", "random"), ("dense, FLOPs of upcycled", "upcycled")):
         step = runs[name]["gflop"] / runs[name]["steps"]
         assert abs(runs[name]["gflop"] - runs[of]["gflop"]) <= step / 2 + 1e-12
-    assert studied[1]["runs"]["rules"]["grouped M2"][0]["devices"] <= 2
+    assert studied[1]["runs"]["rules"]["grouped M1"][0]["devices"] == 1
 
 
 @pytest.mark.slow
