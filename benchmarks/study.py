@@ -36,7 +36,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from benchmarks.ranks import on_ranks
-from benchmarks.study_report import against, best, draw, over_seeds, sentence, show
+from benchmarks.study_report import Arms, against, best, draw, figures, is_done, over_seeds, rivals_of, sentence, show
 from benchmarks.timing import write_results
 from ep_engine.checkpoint import newest
 from ep_engine.config import RunConfig, make_config
@@ -58,7 +58,6 @@ from ep_engine.trainer import train
 RANKS = 2
 BASE = "gradient"
 DOCUMENTATION = (Path(sysconfig.get_path("data")) / "share/doc", Path("/usr/share/doc"))
-Arms = dict[str, list[dict[str, Any]]]
 Sections = dict[str, dict[str, Any]]
 
 
@@ -87,6 +86,11 @@ class StudySizes:
     top_t: tuple[int, ...] = (4, 8, 12)
     max_devices: tuple[int, ...] = (1, 2)
     files: int | None = None  # of the corpus; None: all
+
+    @property
+    def tokens_of_step(self) -> int:
+        """Of a batch."""
+        return self.batch_size * self.sequence_length
 
 
 SMOKE = StudySizes(
@@ -282,7 +286,7 @@ class Study:
             self.progress.done(
                 f"run {len(list(folder.parent.glob('*/summary.json')))} of {self._runs()}: {folder.name}, {told}"
             )
-        return figures(folder, start, self._flops(self._last(name, seed)), self.sizes)
+        return figures(folder, start, self._flops(self._last(name, seed)), self.sizes.tokens_of_step)
 
     def _config(
         self, folder: Path, checkpoint: Path | None, steps: int, seed: int, sections: Sections, ranks: int
@@ -318,7 +322,7 @@ class Study:
         """Held-out loss before the first step, on what a run is evaluated on, under its rule."""
         kept, s = folder.with_name(f"{folder.name}.start.json"), self.sizes
         if not kept.is_file():
-            tokens = s.heldout_batches * s.batch_size * s.sequence_length
+            tokens = s.heldout_batches * s.tokens_of_step
             asked = Asked(dict, None, self.out / "text/heldout", s.sequence_length, tokens, s.batch_size)
             found = evaluate_checkpoint(checkpoint, asked, World(), rule, timeout_s=300.0)["heldout"]
             with whole_file(kept) as beside:
@@ -366,58 +370,10 @@ class Study:
         }
 
 
-def rivals_of(ways: list[str]) -> dict[str, list[str]]:
-    """Beside which dense runs a construction is judged; the dense ones are shown too."""
-    dense, flops = "dense, tokens", "dense, FLOPs of {}"
-    found: dict[str, list[str]] = {dense: [], flops.format("split"): [], flops.format("upcycled"): []}
-    for name in ways:
-        equal = flops.format("upcycled" if name == "upcycled" else "split")
-        found[name] = [dense] if name == "upcycled-halves" else [dense, equal]  # of halves FLOPs are as of the dense
-    return found
-
-
 def documentation() -> list[Path]:
     """Text files of the documentation that is installed, each once."""
     below = (path for folder in DOCUMENTATION for path in folder.rglob("*") if path.suffix in (".txt", ".rst", ".md"))
     return sorted({path.resolve() for path in below if path.is_file()})
-
-
-def is_done(folder: Path, steps: int) -> bool:
-    """Whether a run has done all its steps and was evaluated; one that was stopped before has a summary too."""
-    if not (folder / "summary.json").is_file():
-        return False
-    summary = json.loads((folder / "summary.json").read_text())
-    return summary["steps"] == steps and summary["heldout_loss"] is not None
-
-
-def figures(folder: Path, start: float | None, flops: float, sizes: StudySizes) -> dict[str, Any]:
-    """What a run folder says of an arm; bytes and devices of models with experts alone.
-
-    Args:
-        folder: of the run.
-        start: loss before its first step, if it began with a trained model.
-        flops: of a token.
-        sizes: of the study.
-    """
-    summary = json.loads((folder / "summary.json").read_text())
-    a_step, steps = sizes.batch_size * sizes.sequence_length, summary["steps"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    midway = {line["heldout"]["step"]: next(iter(line["heldout"]["loss"].values())) for line in lines}
-    losses = ({} if start is None else {0: start}) | midway | {steps: summary["heldout_loss"]}
-    found: dict[str, Any] = {
-        "end": summary["heldout_loss"],
-        "curve": [[step * a_step, loss] for step, loss in sorted(losses.items())],
-        "steps": steps,
-        "tokens": steps * a_step,
-        "gflop": steps * a_step * flops * 1e-9,
-        "tokens_per_second": summary["tokens_per_second"],
-    }
-    found |= {} if start is None else {"start": start}
-    if "ledger" in summary:
-        ledger = summary["ledger"]
-        found |= {"bytes": ledger["bytes_per_token"]["total"], "devices": ledger["devices_per_token"]}
-        found |= {"load": summary["load_max_over_mean"], "changed": summary["changed_share"]}
-    return found
 
 
 def _train_rank(rank: int, config: RunConfig) -> dict[str, Any]:

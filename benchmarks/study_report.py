@@ -1,9 +1,10 @@
-"""What a study of arms says: judgements over paired seeds, tables and a picture.
+"""What a study of arms says: figures of run folders, judgements over paired seeds, tables and a picture.
 
 An arm is a list of its runs, one for each seed, in the same order for all arms: a run's `start` and `end` are held-out
 losses in nats before and after training, its `curve` has pairs of tokens and loss.
 """
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,54 @@ import matplotlib.pyplot as plt
 UNTOLD = "not distinguishable"
 Run = dict[str, Any]
 Arms = dict[str, list[Run]]
+
+
+def is_done(folder: Path, steps: int) -> bool:
+    """Whether a run has done all its steps and was evaluated; one that was stopped before has a summary too."""
+    if not (folder / "summary.json").is_file():
+        return False
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["steps"] == steps and summary["heldout_loss"] is not None
+
+
+def figures(folder: Path, start: float | None, flops: float, a_step: int) -> dict[str, Any]:
+    """What a run folder says of an arm; bytes and devices of models with experts alone.
+
+    Args:
+        folder: of the run.
+        start: loss before its first step, if it began with a trained model.
+        flops: of a token.
+        a_step: tokens of a step.
+    """
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = summary["steps"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    midway = {line["heldout"]["step"]: next(iter(line["heldout"]["loss"].values())) for line in lines}
+    losses = ({} if start is None else {0: start}) | midway | {steps: summary["heldout_loss"]}
+    found: dict[str, Any] = {
+        "end": summary["heldout_loss"],
+        "curve": [[step * a_step, loss] for step, loss in sorted(losses.items())],
+        "steps": steps,
+        "tokens": steps * a_step,
+        "gflop": steps * a_step * flops * 1e-9,
+        "tokens_per_second": summary["tokens_per_second"],
+    }
+    found |= {} if start is None else {"start": start}
+    if "ledger" in summary:
+        ledger = summary["ledger"]
+        found |= {"bytes": ledger["bytes_per_token"]["total"], "devices": ledger["devices_per_token"]}
+        found |= {"load": summary["load_max_over_mean"], "changed": summary["changed_share"]}
+    return found
+
+
+def rivals_of(ways: list[str]) -> dict[str, list[str]]:
+    """Beside which dense runs a construction is judged; the dense ones are shown too."""
+    dense, flops = "dense, tokens", "dense, FLOPs of {}"
+    found: dict[str, list[str]] = {dense: [], flops.format("split"): [], flops.format("upcycled"): []}
+    for name in ways:
+        equal = flops.format("upcycled" if name == "upcycled" else "split")
+        found[name] = [dense] if name == "upcycled-halves" else [dense, equal]  # of halves FLOPs are as of the dense
+    return found
 
 
 def judge(one: list[float], other: list[float]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.study import Study, StudySizes, is_done, main, rivals_of
-from benchmarks.study_report import UNTOLD, best, in_words, judge
+from benchmarks.study import Study, StudySizes, main
+from benchmarks.study_report import UNTOLD, best, in_words, is_done, judge, rivals_of
 from ep_engine.errors import UserError
 
 TINY = StudySizes(
