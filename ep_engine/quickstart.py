@@ -178,8 +178,8 @@ def make_dense(out: Path, sizes: Sizes, entropy: float, progress: Progress) -> d
         summary = train(resolve(config, 1, overwrite=True), World(), lambda line: advance(line["step"]))
     loss = summary["heldout_loss"]
     progress.done(f"dense: held-out loss {loss:.4f} nats, {entropy - loss:.4f} below the unigram entropy")
-    _tool("export", _last(out / "dense"), out / "dense-hf", "--overwrite")
-    gap = _tool("verify", _last(out / "dense"), out / "dense-hf")
+    run_tool("export", _last(out / "dense"), out / "dense-hf", "--overwrite")
+    gap = run_tool("verify", _last(out / "dense"), out / "dense-hf")
     progress.done(f"dense: loads in transformers, logits equal within {gap['max_abs_diff']:.1e}")
     return summary
 
@@ -188,8 +188,8 @@ def make_experts(out: Path, sizes: Sizes, progress: Progress) -> Path:
     """Split the dense model, check it, train it on two ranks with plain top-k; returns the checkpoint."""
     dense, experts = _last(out / "dense"), out / "experts"
     counts = ("--num-experts", sizes.num_experts, "--top-k", sizes.top_k)
-    _tool("split", dense, experts, *counts, "--overwrite")
-    gap = _tool("verify", dense, experts, "--all-experts")
+    run_tool("split", dense, experts, *counts, "--overwrite")
+    gap = run_tool("verify", dense, experts, "--all-experts")
     progress.done(
         f"split: {sizes.num_experts} experts, top-{sizes.top_k}; all experts on = dense within "
         f"{gap['max_abs_diff']:.1e}"
@@ -266,8 +266,8 @@ def run_arms(
 def export_c2r(out: Path, progress: Progress) -> str:
     """Export the C2R arm, compare its logits with the engine's, and let transformers generate; returns the text."""
     checkpoint, folder = _last(out / "c2r"), out / "c2r-hf"
-    _tool("export", checkpoint, folder, "--overwrite")
-    gap = _tool("verify", checkpoint, folder)
+    run_tool("export", checkpoint, folder, "--overwrite")
+    gap = run_tool("verify", checkpoint, folder)
     progress.done(f"export: {folder} loads in transformers, logits equal within {gap['max_abs_diff']:.1e}")
     text = generate(folder, "def __init__(self")
     progress.done(f"generated: {text!r}")
@@ -367,8 +367,8 @@ def _steps_done(metrics: Path) -> int:
         return 0
 
 
-def _tool(command: str, *arguments: object) -> dict[str, Any]:
-    """Run `python -m checkpoint_tools`; returns its report."""
+def run_tool(command: str, *arguments: object) -> dict[str, Any]:
+    """Run a command of `python -m checkpoint_tools`; returns its report, Fault if it fails."""
     line = [sys.executable, "-P", "-m", "checkpoint_tools", command, *map(str, arguments), "--json"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode != 0:
