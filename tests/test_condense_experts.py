@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -192,6 +193,44 @@ def test_an_expert_that_is_not_a_number_is_never_chosen(tmp_path: Path) -> None:
     assert idle not in found[0].experts
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fitted_weights_are_the_least_squares_of_numpy(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of outputs that the plain model in float64 gives, each token weighted by its share."""
+    folder, text = condensable(tmp_path, kind, seed=3), corpus(tmp_path)
+    source, model = open_source(folder), plain_forward(folder)
+    given = ("condense", "experts", folder, "--corpus", text, "--weights", tmp_path / "w.json", "--experts", 3,
+             "--max-length", LENGTH, "--out", tmp_path / "e.json", "--fit", tmp_path / "fit.json")  # fmt: skip
+    assert run_tool("condense", "weights", folder, "--corpus", text, "--out", tmp_path / "w.json") == 0
+    assert run_tool(*given, "--choose", "mass") == 2
+    assert "--fit has no effect on --choose mass" in capsys.readouterr().err
+    assert run_tool(*given, "--json") == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    texts = read_texts(source, [text], LENGTH)
+    root_N1 = texts.shares.sqrt()[:, None]
+    before, after = (read_weights(tmp_path / name, Shape(3, 6, 3)).means for name in ("w.json", "fit.json"))
+    for index, ((i, block), choice) in enumerate(zip(moe_blocks(model)[:-1], found, strict=False)):
+        original = torch.cat(states(model, texts, i))
+
+        def changed(weights: list[float], experts: list[int], i: int = i, block: Any = block) -> Tensor:
+            condense_by_hand(block, experts, weights)
+            out = torch.cat(states(model, texts, i))
+            restore(block)
+            return out
+
+        base = changed([0.0], [0])
+        columns = [(root_N1 * (changed([1.0], [e]) - base)).flatten().numpy() for e in choice["experts"]]
+        wanted = np.linalg.lstsq(np.stack(columns, axis=1), (root_N1 * (original - base)).flatten().numpy())[0]
+        assert choice["fitted"] == pytest.approx(wanted.tolist(), rel=1e-3, abs=1e-5)
+        assert after[index, choice["experts"]].tolist() == pytest.approx(choice["fitted"])
+        others = [e for e in range(6) if e not in choice["experts"]]
+        assert after[index, others].tolist() == pytest.approx(before[index, others].tolist())
+        split = changed(choice["fitted"], choice["experts"]).split(texts.lengths)
+        expected = sum(js_by_hand(a, b) for a, b in zip(original.split(texts.lengths), split, strict=True))
+        assert choice["fitted_distance"] == pytest.approx(expected / len(split), rel=1e-3)
+
+
 def test_rankings_by_popularity(tmp_path: Path) -> None:
     weights = Weights(torch.tensor([[3.0, 4.0, 0.0, 4.0]]).double(), torch.tensor([[30, 10, 0, 20]]))
     assert ranked_experts(weights, "frequency", 2) == [[0, 3]]
@@ -205,8 +244,10 @@ def _search(rank: int, world_size: int, folder: Path, text: Path, out: Path) -> 
     source = open_source(folder)
     texts = read_texts(source, [text], LENGTH)
     weights = count_weights(source, texts).means
-    found = choose_experts(source, texts, weights, 3, group=dist.group.WORLD)
-    (out / f"{world_size}-{rank}.json").write_text(json.dumps([[c.experts, c.distances] for _, c in found]))
+    found = choose_experts(source, texts, weights, 3, group=dist.group.WORLD, fit=True)
+    (out / f"{world_size}-{rank}.json").write_text(
+        json.dumps([[c.experts, [*c.distances, *(c.fitted or [])]] for _, c in found])
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -215,9 +256,10 @@ def test_ranks_share_the_candidates(world_size: int, tmp_path: Path) -> None:
     run_ranks(_search, folder, text, tmp_path, world_size=world_size)
     source = open_source(folder)
     texts = read_texts(source, [text], LENGTH)
-    alone = [choice for _, choice in choose_experts(source, texts, count_weights(source, texts).means, 3)]
+    weights = count_weights(source, texts).means
+    alone = [choice for _, choice in choose_experts(source, texts, weights, 3, fit=True)]
     for rank in range(world_size):
         found = json.loads((tmp_path / f"{world_size}-{rank}.json").read_text())
         assert [experts for experts, _ in found] == [choice.experts for choice in alone]
-        for (_, distances), choice in zip(found, alone, strict=True):
-            assert distances == pytest.approx(choice.distances, rel=1e-4)
+        for (_, values), choice in zip(found, alone, strict=True):
+            assert values == pytest.approx([*choice.distances, *(choice.fitted or [])], rel=1e-4)

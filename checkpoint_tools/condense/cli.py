@@ -71,6 +71,10 @@ def experts_command(
         Literal["search", "frequency", "mass", "weight"],
         typer.Option(help="one by one by the objective; or, to compare with, by what --weights says alone"),
     ] = "search",
+    fit: Annotated[
+        Path | None,
+        typer.Option(help="file to write: --weights, those of the chosen by least squares, for this number"),
+    ] = None,
     objective: ObjectiveOption = "js",
     max_length: MaxLength = 256,
     max_texts: MaxTexts = None,
@@ -88,12 +92,16 @@ def experts_command(
     shape = Shape.of(open_source(source).config)
     if experts > shape.fewest:
         raise UserError(f"--experts ({experts}) must be in 0..{shape.fewest}, the experts of a layer; choose fewer")
+    if fit is not None and choose != "search":
+        raise UserError(f"--fit has no effect on --choose {choose}, which runs no text; leave one of them out")
+    if fit is not None:
+        check_output_file(fit, overwrite=overwrite)
     if choose != "search":
         lists = ranked_experts(read_weights(weights, shape), choose, experts)
         write_json(out, {str(layer): row for layer, row in enumerate(lists)})
         found: dict[str, Any] = {"written": str(out), "layers": [{"experts": row} for row in lists]}
     else:
-        options = ExpertOptions(experts, objective, max_length, max_texts, timeout_s)
+        options = ExpertOptions(experts, objective, max_length, max_texts, timeout_s, fit)
         result = run_experts(source, corpus, weights, out, options, resume=resume)
         if result is None:  # another rank than the first
             return

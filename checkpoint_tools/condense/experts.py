@@ -14,7 +14,7 @@ Shape letters:  T tokens of all texts   D model dim   E experts
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint_tools.condense.objectives import Objective, distances_to
-from checkpoint_tools.condense.published_json import Shape, Weights, read_weights, write_json
+from checkpoint_tools.condense.published_json import Shape, Weights, read_weights, write_json, write_weights
 from checkpoint_tools.condense.texts import Texts, attended_texts, checked, embedded, read_texts
 from checkpoint_tools.condense.unfinished import Unfinished, ranks_of
 from checkpoint_tools.forward import beside, expert_output, feed_forward, normed, routed
@@ -48,6 +48,7 @@ class ExpertOptions:
     max_length: int = 256  # tokens of a text
     max_texts: int | None = None
     timeout_s: float = 300.0
+    fit: Path | None = None  # file of least-squares weights to write; None: none are fitted
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Choice:
 
     experts: list[int]
     distances: list[float]  # of the layer with the first 1, 2, ... of them
+    fitted: list[float] | None = None  # least-squares weights of all of them together
+    fitted_distance: float | None = None  # of the layer with these
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def choose_experts(
     objective: Objective = "js",
     done: Mapping[int, Any] | None = None,
     group: dist.ProcessGroup | None = None,
+    fit: bool = False,
 ) -> Iterator[tuple[int, Choice]]:
     """The choice of every MoE layer that is not `done`, as each is found.
 
@@ -91,6 +95,7 @@ def choose_experts(
         objective: see objectives.py; smaller is better, of equals the smallest id.
         done: layers that need no search, among those with experts.
         group: ranks that share the candidates; None: this process alone.
+        fit: find least-squares weights of the chosen as well.
 
     Raises:
         UserError: a layer has fewer candidates than `count`.
@@ -112,7 +117,8 @@ def choose_experts(
             checked(x_TD, texts, f"layer {layer}")
             continue
         with _candidates(x_TD, model, texts, layer, group) as (candidates, x_TD):
-            yield index, greedy(candidates, texts, weight_LE[index], count, objective=objective, group=group)
+            choice = greedy(candidates, texts, weight_LE[index], count, objective=objective, group=group)
+            yield index, fitted(candidates, x_TD, texts, choice, objective, group) if fit else choice
 
 
 def greedy(
@@ -154,6 +160,39 @@ def greedy(
     return Choice(chosen, distances)
 
 
+def fitted(
+    candidates: Candidates,
+    output_TD: Tensor,
+    texts: Texts,
+    choice: Choice,
+    objective: Objective = "js",
+    group: dist.ProcessGroup | None = None,
+) -> Choice:
+    """The choice with the weights that bring the layer's output, before the final norm, nearest in squares.
+
+    Every text weighs the same, as in the objective. Of several solutions that of the smallest norm.
+    """
+    count, base_TD = len(choice.experts), candidates.base_TD
+    ids, silent_TD = candidates.ids, torch.zeros_like(base_TD)
+    parts = [
+        _summed(candidates.outputs[ids.index(e)] if e in ids else silent_TD, group) for e in choice.experts
+    ]  # B of (T, D)
+    gram_BB, right_B = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    slices = [slice(first, first + _TOKENS_AT_ONCE) for first in range(0, texts.num_tokens, _TOKENS_AT_ONCE)]
+    for part in slices if count else []:
+        u_BTD = torch.stack([one[part] for one in parts]).double()
+        shared_BTD = u_BTD * texts.shares[part, None]
+        gram_BB += torch.einsum("atd,btd->ab", shared_BTD, u_BTD)
+        right_B += torch.einsum("atd,td->a", shared_BTD, (output_TD[part] - base_TD[part]).double())
+    weight_B = torch.linalg.lstsq(gram_BB, right_B[:, None], driver="gelsd").solution[:, 0] if count else right_B
+    total = 0.0
+    for part in slices:
+        other_TD = base_TD[part] + sum(w * one[part] for w, one in zip(weight_B.tolist(), parts, strict=True))
+        distance = distances_to(objective, candidates.original_TD[part])
+        total += float(distance(candidates.finish(other_TD)).double() @ texts.shares[part])
+    return replace(choice, fitted=weight_B.tolist(), fitted_distance=total)
+
+
 def ranked_experts(weights: Weights, by: Ranking, count: int) -> list[list[int]]:
     """What popularity alone would choose, for comparison: the most chosen, of the largest sum or the largest mean."""
     values_LE = {"frequency": weights.count_LE, "mass": weights.sum_LE, "weight": weights.means.nan_to_num(nan=-1.0)}
@@ -174,8 +213,8 @@ def run_experts(
     model, world = open_source(folder), World.from_environment()
     weights = read_weights(weights_file, Shape.of(model.config))
     texts = read_texts(model, corpus, options.max_length, options.max_texts)
-    about = {**asdict(options), "model": str(folder.resolve()), "texts": [ids.tolist() for ids in texts.ids],
-             "weights": weights.sum_LE.tolist()}  # fmt: skip
+    about = {**asdict(options), "fit": options.fit is not None, "model": str(folder.resolve()),
+             "texts": [ids.tolist() for ids in texts.ids], "weights": weights.sum_LE.tolist()}  # fmt: skip
     unfinished = Unfinished(out, "experts", about, resume=resume)
     found = {int(layer): Choice(**choice) for layer, choice in unfinished.found.items()}
     with (
@@ -184,8 +223,9 @@ def run_experts(
     ):
         advance(len(found))
         search = choose_experts(
-            model, texts, weights.means, options.experts, objective=options.objective, done=found, group=group
-        )
+            model, texts, weights.means, options.experts, objective=options.objective, done=found, group=group,
+            fit=options.fit is not None,
+        )  # fmt: skip
         for layer, choice in search:
             found[layer] = choice
             advance(len(found))
@@ -193,6 +233,13 @@ def run_experts(
                 unfinished.keep({str(number): asdict(one) for number, one in found.items()})
     if world.rank != 0:
         return None
+    if options.fit is not None:
+        sum_LE = weights.sum_LE.clone()
+        for layer, one in found.items():
+            sum_LE[layer, one.experts] = (
+                torch.tensor(one.fitted, dtype=torch.float64) * weights.count_LE[layer, one.experts]
+            )
+        write_weights(options.fit, replace(weights, sum_LE=sum_LE), Shape.of(model.config))
     write_json(out, {str(layer): found[layer].experts for layer in sorted(found)})
     unfinished.remove()
     return found, texts

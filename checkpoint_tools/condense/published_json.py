@@ -167,7 +167,7 @@ def _is_number(value: Any) -> bool:
 def _is_mean(total: float, count: float, mean: float) -> bool:
     if count == 0:
         return total == 0
-    return total >= 0 and abs(mean - total / count) <= _TOLERANCE * max(1.0, abs(mean))
+    return abs(mean - total / count) <= _TOLERANCE * max(1.0, abs(mean))
 
 
 def _read(path: Path, kind: type, what: str) -> Any:
