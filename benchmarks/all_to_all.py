@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.ranks import Together, on_ranks, time_together
 from benchmarks.timing import print_table, write_results
 from ep_engine import ops
-from ep_engine.shared_memory import SharedMemory
-from ep_engine.transport import Collective, Transport
+from ep_engine.transports.shared_memory import SharedMemory
+from ep_engine.transports.transport import Collective, Transport
 
 DIM = 1024  # float32, 4 KiB a row
 _TOGETHER = 32.0  # MiB between two barriers: ranks leave a barrier some tenths of a millisecond apart

@@ -19,7 +19,7 @@ from ep_engine.dispatch import dispatch
 from ep_engine.ledger import Ledger
 from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan, record, way_to
-from ep_engine.transport import Collective, Link
+from ep_engine.transports.transport import Collective, Link
 
 
 def there_and_back(link: Link, site: Site, tokens: int, hidden: int, top_k: int) -> Callable[[], None]:

@@ -32,15 +32,15 @@ from rich.table import Table
 from benchmarks.ranks import on_ranks
 from benchmarks.timing import write_results
 from benchmarks.trained_moe import SEQUENCE, VOCABULARY, MoEShape, run_config, train_moe
+from ep_engine.c2r.locality import Counted, describe_layer, uniform_layer
+from ep_engine.c2r.place import place
+from ep_engine.c2r.profile import Profiled, profile
 from ep_engine.config import RunConfig
-from ep_engine.locality import Counted, describe_layer, uniform_layer
+from ep_engine.data.tokens import TokenFile
 from ep_engine.mesh import World
-from ep_engine.place import place
 from ep_engine.placement import Placement
-from ep_engine.profile import Profiled, profile
 from ep_engine.resolve import resolve
-from ep_engine.tokens import TokenFile
-from ep_engine.trainer import train
+from ep_engine.training.trainer import train
 
 mpl.use("agg")
 import matplotlib.pyplot as plt

@@ -31,12 +31,12 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.ranks import on_ranks
 from benchmarks.timing import write_results
 from ep_engine.config import RunConfig, make_config
+from ep_engine.data.tokens import write_token_file
 from ep_engine.mesh import World, process_groups
 from ep_engine.model_config import ModelConfig, MoEConfig
-from ep_engine.plan_run import plan_run
+from ep_engine.planning.plan_run import plan_run
 from ep_engine.resolve import resolve
-from ep_engine.tokens import write_token_file
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(  # 29 million parameters

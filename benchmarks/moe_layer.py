@@ -42,8 +42,8 @@ from ep_engine.model_config import MoEConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
-from ep_engine.shared_memory import SharedMemory
-from ep_engine.transport import Collective, Link, Transport
+from ep_engine.transports.shared_memory import SharedMemory
+from ep_engine.transports.transport import Collective, Link, Transport
 
 TOKENS = 4096
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # the others, deepgemm and sonicmoe, are kernels for GPUs

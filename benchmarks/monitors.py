@@ -26,8 +26,8 @@ from ep_engine.load_balance import RouterStatistics, router_statistics
 from ep_engine.mesh import World, process_groups
 from ep_engine.resolve import resolve
 from ep_engine.router import Routing
-from ep_engine.trainer import Trainer
-from ep_engine.watch import RouterWatch
+from ep_engine.training.trainer import Trainer
+from ep_engine.training.watch import RouterWatch
 
 CPU = torch.device("cpu")
 TOKENS = 4 * 512

@@ -36,12 +36,12 @@ from benchmarks.ranks import summary
 from benchmarks.rates import LinkTimes, device_rates, tier_of
 from benchmarks.timing import print_table, write_results
 from benchmarks.trained_moe import SEQUENCE, MoEShape, run_config, train_moe
-from ep_engine.cluster import Cluster, make_cluster
-from ep_engine.collaboration import Profile
+from ep_engine.c2r.collaboration import Profile
+from ep_engine.c2r.place import place
 from ep_engine.machine import describe_machine, memory_gb
-from ep_engine.place import place
 from ep_engine.placement import Placement
-from ep_engine.simulate import simulate
+from ep_engine.planning.cluster import Cluster, make_cluster
+from ep_engine.planning.simulate import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 FREE = "10gbit"  # which hardly limits

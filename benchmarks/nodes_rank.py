@@ -23,8 +23,8 @@ from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.moe_layer import MoELayer
 from ep_engine.plan import make_plan
 from ep_engine.resolve import resolve
-from ep_engine.trainer import Trainer
-from ep_engine.transport import Collective
+from ep_engine.training.trainer import Trainer
+from ep_engine.transports.transport import Collective
 
 CPU = torch.device("cpu")
 ROWS_PER_RANK = 4

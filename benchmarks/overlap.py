@@ -29,8 +29,8 @@ from ep_engine.combine import combine
 from ep_engine.dispatch import Arrival, dispatch
 from ep_engine.moe_layer import MoELayer
 from ep_engine.plan import make_plan
-from ep_engine.shared_memory import SharedMemory
-from ep_engine.transport import Collective, Transport
+from ep_engine.transports.shared_memory import SharedMemory
+from ep_engine.transports.transport import Collective, Transport
 
 TOKENS = 2048
 CHUNKS = (2, 4)

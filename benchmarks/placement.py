@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from benchmarks.placement_peers import PEERS, recursive_metis
 from benchmarks.planted import Planted
 from benchmarks.timing import write_results
-from ep_engine.collaboration import Profile, read_profile
-from ep_engine.locality import device_load, distinct_groups, fraction_inside
-from ep_engine.place import LOAD_CAP, NODE_WEIGHT, place
+from ep_engine.c2r.collaboration import Profile, read_profile
+from ep_engine.c2r.locality import device_load, distinct_groups, fraction_inside
+from ep_engine.c2r.place import LOAD_CAP, NODE_WEIGHT, place
 from ep_engine.placement import Placement
 
 DEVICES = 8

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ep_engine.collaboration import Profile
+from ep_engine.c2r.collaboration import Profile
 
 
 @dataclass(frozen=True)

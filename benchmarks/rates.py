@@ -1,8 +1,8 @@
-"""What a device and its links can do, in the figures of a cluster's file (ep_engine/cluster.py).
+"""What a device and its links can do, in the figures of a cluster's file (ep_engine/planning/cluster.py).
 
     python -m benchmarks.rates [--ranks 2] [--gbit 100] [--kernels FILE] [--all-to-all FILE] [--out cluster.toml]
 
-A device's rates are those of the products of a layer, forward and backward, counted as ep_engine/work.py counts them,
+A device's rates are those of the products of a layer, forward and backward, counted as `planning/work.py` counts them,
 by all ranks at once, who share this machine's cores. The links are this machine's own (gloo over the loopback), for
 whose nominal rate `--gbit` stands; benchmarks/nodes.py measures those of emulated nodes. What is read from results of
 benchmarks/kernels.py and benchmarks/all_to_all.py takes the place of what is measured: how fast rows are gathered, and
@@ -24,11 +24,12 @@ from torch import Tensor
 from benchmarks.kernels import plan_of
 from benchmarks.ranks import Together, all_times, on_ranks
 from benchmarks.timing import write_results
-from ep_engine import threaded_experts, work
-from ep_engine.cluster import Cluster, make_cluster
+from ep_engine import threaded_experts
 from ep_engine.machine import describe_machine, memory_gb
 from ep_engine.ops import ExpertsBackward
-from ep_engine.transport import Collective, Transport
+from ep_engine.planning import work
+from ep_engine.planning.cluster import Cluster, make_cluster
+from ep_engine.transports.transport import Collective, Transport
 
 TOKENS, DIM, HEADS, SEQUENCE = 2048, 512, 8, 512
 EXPERTS, TOP_K, WIDTH = 32, 3, 128  # what a rank of two has of 64 experts and 6 choices

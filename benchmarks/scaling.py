@@ -25,15 +25,15 @@ from rich.table import Table
 from benchmarks.ranks import Together, all_times, on_ranks, summary
 from benchmarks.timing import write_results
 from benchmarks.trained_moe import MoEShape, make_new, run_config
-from ep_engine.cluster import read_cluster
 from ep_engine.config import RunConfig, make_config
 from ep_engine.mesh import World, process_groups
 from ep_engine.model_config import ModelConfig, MoEConfig
-from ep_engine.plan_run import plan_run
+from ep_engine.planning.cluster import read_cluster
+from ep_engine.planning.plan_run import plan_run
+from ep_engine.planning.routing_trace import DRAWN, draw_routing, save_trace
+from ep_engine.planning.simulate import simulate
 from ep_engine.resolve import resolve
-from ep_engine.routing_trace import DRAWN, draw_routing, save_trace
-from ep_engine.simulate import simulate
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 
 SHAPE = MoEShape(hidden=256, layers=8)
 ROWS = 8

@@ -38,22 +38,22 @@ from rich.console import Console
 from benchmarks.ranks import on_ranks
 from benchmarks.study_report import Arms, against, best, draw, figures, is_done, over_seeds, rivals_of, sentence, show
 from benchmarks.timing import write_results
+from ep_engine.c2r.place import place
+from ep_engine.c2r.profile import profile
 from ep_engine.checkpoint import newest
 from ep_engine.config import RunConfig, make_config
-from ep_engine.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
+from ep_engine.data.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
+from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import UserError
-from ep_engine.loaded_model import Rule
+from ep_engine.inference.loaded_model import Rule
+from ep_engine.inference.scores import Asked, evaluate_checkpoint
 from ep_engine.mesh import World
-from ep_engine.mfu import flops_of_token
 from ep_engine.model_config import read_model_config
 from ep_engine.output import whole_file
-from ep_engine.place import place
-from ep_engine.profile import profile
 from ep_engine.quickstart import Progress, run_tool
 from ep_engine.resolve import resolve
-from ep_engine.scores import Asked, evaluate_checkpoint
-from ep_engine.tokens import TokenFile
-from ep_engine.trainer import train
+from ep_engine.training.mfu import flops_of_token
+from ep_engine.training.trainer import train
 
 RANKS = 2
 BASE = "gradient"

@@ -27,17 +27,17 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from benchmarks.qwen2_moe import engine_views, model_config
 from benchmarks.ranks import summary
 from benchmarks.timing import print_table, write_results
-from ep_engine.batches import Batch
 from ep_engine.config import TrainSection
+from ep_engine.data.batches import Batch
 from ep_engine.entries import Shard
 from ep_engine.entropy import entropy_sum
 from ep_engine.initial import initialise
 from ep_engine.mesh import Meshes, World, process_groups
-from ep_engine.optimizer import clip_gradients, make_optimizer, sum_over_ranks
 from ep_engine.parallelize import build, entries_of
 from ep_engine.pipeline import Pipeline
 from ep_engine.placement import Placement
 from ep_engine.stages import Stages
+from ep_engine.training.optimizer import clip_gradients, make_optimizer, sum_over_ranks
 
 CPU = torch.device("cpu")
 CONFIG = {

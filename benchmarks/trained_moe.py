@@ -9,19 +9,19 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.ranks import on_ranks
+from ep_engine.c2r.collaboration import Profile
+from ep_engine.c2r.profile import profile
 from ep_engine.checkpoint import newest
-from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, make_config
+from ep_engine.data.tokens import TokenFile
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.initial import initialise
 from ep_engine.mesh import World
 from ep_engine.model_config import ModelConfig, MoEConfig
-from ep_engine.profile import profile
+from ep_engine.planning.routing_trace import save_trace
 from ep_engine.quickstart import Progress, Sizes, make_text
 from ep_engine.resolve import resolve
-from ep_engine.routing_trace import save_trace
-from ep_engine.tokens import TokenFile
-from ep_engine.trainer import train
+from ep_engine.training.trainer import train
 from ep_engine.whole_model import write_model
 
 SEQUENCE = 512

@@ -25,13 +25,13 @@ from torch import Tensor
 from benchmarks.ranks import Together, all_times, on_ranks, summary
 from benchmarks.timing import print_table, write_results
 from benchmarks.trained_moe import MoEShape, make_new, run_config
+from ep_engine.c2r.placement_watch import compare
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.mesh import World, process_groups
 from ep_engine.model import Watch
 from ep_engine.placement import Placement
-from ep_engine.placement_watch import compare
 from ep_engine.resolve import resolve
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 DEVICES = 8

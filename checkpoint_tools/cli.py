@@ -306,7 +306,7 @@ def describe_split_command(
     """Which experts share neurons, how large they are, and how far scores told neurons apart."""
     from checkpoint_tools.importance import Importance
     from checkpoint_tools.split_report import describe_split, read_split, save_split_picture
-    from ep_engine.collaboration_report import picture_kind
+    from ep_engine.c2r.collaboration_report import picture_kind
 
     if importance is not None and picture is None:
         raise UserError(f"--importance ({importance}) has no effect without --picture, where it is drawn; name one")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ep_engine.c2r.plain_pickle import plain_pickle
 from ep_engine.errors import UserError
-from ep_engine.plain_pickle import plain_pickle
 
 Neurons = list[NDArray[np.int64]]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoint_tools.importance import Importance
-from ep_engine.collaboration_report import picture_kind
+from ep_engine.c2r.collaboration_report import picture_kind
 from ep_engine.errors import UserError
 from ep_engine.output import whole_file
 

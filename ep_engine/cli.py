@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ep_engine.command_line import exit_with_sentence, print_json
-from ep_engine.conversations import Format
-from ep_engine.model_commands import evaluate_command, generate_command
+from ep_engine.data.conversations import Format
+from ep_engine.inference.model_commands import evaluate_command, generate_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -50,8 +50,8 @@ def tokenizer_command(
     as_json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on text."""
-    from ep_engine.corpus import train_tokenizer
-    from ep_engine.documents import document_files, texts
+    from ep_engine.data.corpus import train_tokenizer
+    from ep_engine.data.documents import document_files, texts
     from ep_engine.errors import UserError
     from ep_engine.output import check_output_folder
 
@@ -87,13 +87,13 @@ def tokenize_command(
     """Turn documents into token files in Megatron's format; of conversations only responses are to be learnt."""
     import time
 
-    from ep_engine.documents import document_files
-    from ep_engine.documents import domains as domains_in
+    from ep_engine.data.documents import document_files
+    from ep_engine.data.documents import domains as domains_in
+    from ep_engine.data.tokenization import Reading, Tokenizing
+    from ep_engine.data.vocabulary import check_tokenizer
     from ep_engine.errors import UserError
     from ep_engine.output import check_output_file
     from ep_engine.progress import token_bar
-    from ep_engine.tokenization import Reading, Tokenizing
-    from ep_engine.vocabulary import check_tokenizer
 
     if domains and (len(corpus) != 1 or not corpus[0].is_dir()):
         raise UserError(f"--domains wants one folder of folders, got {', '.join(map(str, corpus))}; give that")
@@ -126,11 +126,11 @@ def train_command(
 ) -> None:
     """Train; under torchrun on as many ranks as it starts. Started again, they go on from the last checkpoint."""
     from ep_engine import job
+    from ep_engine.c2r.constrain import in_no_list
     from ep_engine.config import load_config
-    from ep_engine.constrain import in_no_list
     from ep_engine.mesh import World
     from ep_engine.resolve import resolve
-    from ep_engine.trainer import train
+    from ep_engine.training.trainer import train
 
     world = World.from_environment()
     config = load_config(run_file, overrides or [])
@@ -178,7 +178,7 @@ def plan_command(
     from rich.console import Console
 
     from ep_engine.config import load_config
-    from ep_engine.plan_run import plan_run, print_plan
+    from ep_engine.planning.plan_run import plan_run, print_plan
 
     config = load_config(run_file, overrides or [])
     plan = plan_run(config, ranks, ranks_per_node=ranks_per_node, trace=trace, seed=seed)
@@ -206,14 +206,14 @@ def profile_command(
     as_json: Json = False,
 ) -> None:
     """Count on text which experts serve tokens together; under torchrun on as many ranks as it starts."""
-    from ep_engine.collaboration_report import describe_collaboration, picture_kind, save_picture
+    from ep_engine.c2r.collaboration_report import describe_collaboration, picture_kind, save_picture
+    from ep_engine.c2r.profile import Profiled, profile, token_file
+    from ep_engine.c2r.published import read_published_counts, refuse_unread
     from ep_engine.errors import UserError
     from ep_engine.mesh import World
     from ep_engine.output import check_output_file
-    from ep_engine.profile import Profiled, profile, token_file
+    from ep_engine.planning.routing_trace import save_trace
     from ep_engine.progress import bar
-    from ep_engine.published import read_published_counts, refuse_unread
-    from ep_engine.routing_trace import save_trace
 
     world = World.from_environment()
     for path in (out, trace, picture):
@@ -284,11 +284,11 @@ def place_command(
     """Find which experts to put on one device, from who works with whom."""
     from rich.console import Console
 
-    from ep_engine.collaboration import read_profile
+    from ep_engine.c2r.collaboration import read_profile
+    from ep_engine.c2r.place import asked_of, check_fits, on_other_text, parse_cap, place, print_placement
     from ep_engine.output import check_output_file
-    from ep_engine.place import asked_of, check_fits, on_other_text, parse_cap, place, print_placement
+    from ep_engine.planning.routing_trace import read_ids
     from ep_engine.progress import bar
-    from ep_engine.routing_trace import read_ids
 
     cap = parse_cap(load_cap)
     check_output_file(out, overwrite=overwrite)
@@ -336,10 +336,10 @@ def simulate_command(
     """Predict the step time, the slowest rank and the memory of a run on a cluster, for rules and placements."""
     from rich.console import Console
 
-    from ep_engine.cluster import read_cluster
     from ep_engine.config import load_config
-    from ep_engine.simulate import simulate
-    from ep_engine.what_if import print_comparison, variants
+    from ep_engine.planning.cluster import read_cluster
+    from ep_engine.planning.simulate import simulate
+    from ep_engine.planning.what_if import print_comparison, variants
 
     config = load_config(run, overrides or [])
     there = read_cluster(cluster).changed(nodes, network_gbit)
@@ -359,8 +359,8 @@ def report_command(
 ) -> None:
     """Draw what a run left in its folder as one HTML page that opens without network."""
     from ep_engine.output import check_output_file
-    from ep_engine.run_numbers import read_run
-    from ep_engine.run_report import figures_of, write_run_report
+    from ep_engine.reports.run_numbers import read_run
+    from ep_engine.reports.run_report import figures_of, write_run_report
 
     found = read_run(run)
     page = out or run / "report.html"

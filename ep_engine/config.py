@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from ep_engine.domain_tables import DynamicRule, NamedLosses, NamedWeights
+from ep_engine.data.domain_tables import DynamicRule, NamedLosses, NamedWeights
 from ep_engine.errors import UserError
 from ep_engine.model_config import first_sentence
 from ep_engine.stages import Schedule

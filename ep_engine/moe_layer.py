@@ -17,7 +17,7 @@ from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan, record, way_to
 from ep_engine.recompute import computed_again
 from ep_engine.router import Choice, Router
-from ep_engine.transport import Alone, Link
+from ep_engine.transports.transport import Alone, Link
 
 
 class MoELayer(nn.Module):

@@ -28,7 +28,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ep_engine.config import MoESection
-from ep_engine.connect import Connection, connect
 from ep_engine.entries import Shard, module_entries
 from ep_engine.experts import Experts
 from ep_engine.feed_forward import ResidualGate, SharedGate
@@ -41,6 +40,7 @@ from ep_engine.norm import RMSNorm
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
 from ep_engine.stages import Stages
+from ep_engine.transports.connect import Connection, connect
 
 _DEFAULT = MoESection()
 # With tp > 1 whole on every rank of a stage, though its tokens or its heads are only a part.

@@ -24,7 +24,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from ep_engine.batches import Batch
+from ep_engine.data.batches import Batch
 from ep_engine.errors import Fault
 from ep_engine.mesh import Meshes
 from ep_engine.model import Decoder, Watch

@@ -22,7 +22,7 @@ from ep_engine import debug, ops
 from ep_engine.errors import Fault
 from ep_engine.placement import Cut, Placement
 from ep_engine.stopwatch import timed
-from ep_engine.transport import Link
+from ep_engine.transports.transport import Link
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,22 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from ep_engine.c2r.collaboration import Profile
+from ep_engine.c2r.place import place
+from ep_engine.c2r.profile import profile
 from ep_engine.checkpoint import newest
-from ep_engine.collaboration import Profile
 from ep_engine.config import RunConfig, make_config, to_toml
-from ep_engine.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
+from ep_engine.data.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
+from ep_engine.data.tokens import TokenFile, unigram_entropy
 from ep_engine.errors import Fault
 from ep_engine.machine import describe_machine
 from ep_engine.mesh import World
 from ep_engine.output import check_output_folder, whole_file
-from ep_engine.place import place
 from ep_engine.placement import Placement
-from ep_engine.profile import profile
 from ep_engine.progress import bar
-from ep_engine.report import BYTE_COLUMNS, CAPTION, COLUMNS, byte_rows, table_rows, write_report
+from ep_engine.reports.report import BYTE_COLUMNS, CAPTION, COLUMNS, byte_rows, table_rows, write_report
 from ep_engine.resolve import resolve
-from ep_engine.tokens import TokenFile, unigram_entropy
-from ep_engine.trainer import train
+from ep_engine.training.trainer import train
 
 NUM_RANKS = 2
 TOP_T = 3

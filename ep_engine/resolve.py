@@ -9,11 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ep_engine.batches import check_rows, heldout_batches
-from ep_engine.blend import Blend, domain_weights, reference_losses
+from ep_engine.c2r.constrain import routed
 from ep_engine.checkpoint import newest, read_manifest, tokenizer_folder
 from ep_engine.config import RunConfig, differing
-from ep_engine.constrain import routed
+from ep_engine.data.batches import check_rows, heldout_batches
+from ep_engine.data.blend import Blend, domain_weights, reference_losses
+from ep_engine.data.tokens import TokenFile
+from ep_engine.data.vocabulary import check_range, check_token_file, read_vocabulary
 from ep_engine.errors import UserError
 from ep_engine.layout import check_ranks, check_split, make_stages
 from ep_engine.model_config import ModelConfig, first_sentence, in_words, read_model_config
@@ -22,9 +24,7 @@ from ep_engine.output import check_output_folder
 from ep_engine.placement import Placement, read_placement
 from ep_engine.run_folder import check_unused
 from ep_engine.stages import Stages
-from ep_engine.tokens import TokenFile
-from ep_engine.trained import check_trained
-from ep_engine.vocabulary import check_range, check_token_file, read_vocabulary
+from ep_engine.training.trained import check_trained
 
 ONE = "all"  # domain of a run without domains
 _INPUTS = (

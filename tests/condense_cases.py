@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_engine.corpus import train_tokenizer
+from ep_engine.data.corpus import train_tokenizer
 from tests.family_cases import DEEPSEEK, plain_folder, plain_model, transformers_model
 from tests.texts import VOCABULARY, WORDS, write_documents
 

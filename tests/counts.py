@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ep_engine.collaboration import Profile
+from ep_engine.c2r.collaboration import Profile
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "c2r"
 published = pytest.mark.skipif(not DATA.is_dir(), reason=f"the published counts of C2R are not at {DATA}")

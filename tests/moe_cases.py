@@ -13,8 +13,8 @@ from ep_engine.moe_layer import MoELayer
 from ep_engine.placement import Placement
 from ep_engine.plan import Site
 from ep_engine.router import Choice
-from ep_engine.shared_memory import SharedMemory
-from ep_engine.transport import Alone, Collective, Link, Transport
+from ep_engine.transports.shared_memory import SharedMemory
+from ep_engine.transports.transport import Alone, Collective, Link, Transport
 
 D, F = 36, 20  # rows that are no multiple of a cache line
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ep_engine.connect import connect
 from ep_engine.ledger import Ledger
 from ep_engine.mesh import Meshes, World, process_groups
+from ep_engine.transports.connect import connect
 from tests.moe_cases import D, make_layer, shuffled_placement
 
 CPU = torch.device("cpu")

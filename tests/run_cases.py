@@ -8,10 +8,10 @@ import numpy as np
 import torch.distributed as dist
 
 from ep_engine.config import RunConfig, make_config
+from ep_engine.data.tokens import write_token_file
 from ep_engine.mesh import World
 from ep_engine.resolve import resolve
-from ep_engine.tokens import write_token_file
-from ep_engine.trainer import train
+from ep_engine.training.trainer import train
 from tests.counts import random_profile
 from tests.small_models import SIZES, dense_folder, moe_checkpoint
 

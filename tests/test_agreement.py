@@ -14,7 +14,7 @@ from ep_engine.config import RunConfig
 from ep_engine.errors import Fault
 from ep_engine.mesh import World, process_groups
 from ep_engine.resolve import resolve
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.run_cases import small_run, write_text
 from tests.small_models import dense_folder, moe_checkpoint, run_tool

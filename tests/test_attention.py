@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ep_engine.attention import attend, keep_apart
-from ep_engine.batches import Batches
+from ep_engine.data.batches import Batches
+from ep_engine.data.tokens import TokenFile, write_token_file
 from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig, MoEConfig
-from ep_engine.tokens import TokenFile, write_token_file
 
 LENGTHS = [[3, 1, 8, 4], [16], [5, 11]]
 CONFIG = ModelConfig(

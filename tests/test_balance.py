@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from ep_engine.activations import Part
 from ep_engine.balance_losses import Seen, losses_of, probabilities, squared_variation
 from ep_engine.capacity import Capacity
 from ep_engine.config import BalanceSection, make_config
-from ep_engine.expert_traffic import Passed
 from ep_engine.load_balance import router_statistics
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.moe_layer import MoELayer
 from ep_engine.noise import normal
+from ep_engine.planning.activations import Part
+from ep_engine.planning.expert_traffic import Passed
 from ep_engine.router import Noise, Router, Routing
-from ep_engine.watch import RouterWatch
+from ep_engine.training.watch import RouterWatch
 from tests.distributed import run_ranks
 
 E, K, L = 6, 2, 3

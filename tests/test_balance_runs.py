@@ -12,12 +12,12 @@ from torch import Tensor
 from checkpoint_tools.source import open_source
 from ep_engine.balance_losses import losses_of
 from ep_engine.config import RunConfig
+from ep_engine.data.tokens import write_token_file
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.errors import UserError
 from ep_engine.initial import initialise
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.resolve import resolve
-from ep_engine.tokens import write_token_file
 from ep_engine.whole_model import write_model
 from tests.distributed import run_ranks
 from tests.run_cases import NEW_MODEL, losses, small_run, train_here, write_text

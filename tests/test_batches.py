@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_engine.batches import IGNORED, PADDING, Row, heldout_batches, rows_of
+from ep_engine.data.batches import IGNORED, PADDING, Row, heldout_batches, rows_of
+from ep_engine.data.tokens import TokenFile, mask_prefix, write_masked_token_file, write_token_file
 from ep_engine.errors import UserError
-from ep_engine.tokens import TokenFile, mask_prefix, write_masked_token_file, write_token_file
 
 
 def token_file(folder: Path, lengths: list[int], *, masked: bool = False) -> TokenFile:

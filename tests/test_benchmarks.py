@@ -20,7 +20,7 @@ from benchmarks.nodes import gbit
 from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, moved_by, shared_rows, tier_of, to_toml
 from benchmarks.scaling import CLUSTER, on_gpus
 from benchmarks.timing import time_in_turn
-from ep_engine.cluster import Tier, read_cluster
+from ep_engine.planning.cluster import Tier, read_cluster
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_engine.batches import Batches
-from ep_engine.blend import Blend, domain_weights, reference_losses, updated_weights
-from ep_engine.domain_tables import LOSSES, WEIGHTS
+from ep_engine.data.batches import Batches
+from ep_engine.data.blend import Blend, domain_weights, reference_losses, updated_weights
+from ep_engine.data.domain_tables import LOSSES, WEIGHTS
+from ep_engine.data.tokens import TokenFile, write_token_file
 from ep_engine.errors import UserError
-from ep_engine.tokens import TokenFile, write_token_file
 
 SLIMPAJAMA = ("en_cc", "en_c4", "github", "en_wikipedia", "en_book", "en_arxiv", "en_stack")
 LENGTH = 4

@@ -13,9 +13,9 @@ from ep_engine.errors import Fault
 from ep_engine.mesh import World, process_groups
 from ep_engine.model import Decoder
 from ep_engine.model_config import read_model_config
-from ep_engine.optimizer import make_optimizer, moment_entries
 from ep_engine.parallelize import build, entries_of
 from ep_engine.placement import Placement
+from ep_engine.training.optimizer import make_optimizer, moment_entries
 from ep_engine.whole_model import read_model
 from tests.distributed import run_ranks
 from tests.moe_cases import shuffled_placement

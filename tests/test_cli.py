@@ -14,16 +14,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ep_engine import checkpoint, reference
-from ep_engine.batches import Batches
-from ep_engine.collaboration import read_profile
-from ep_engine.collaboration_report import describe_collaboration
+from ep_engine.c2r.collaboration import read_profile
+from ep_engine.c2r.collaboration_report import describe_collaboration
+from ep_engine.c2r.place import place
+from ep_engine.data.batches import Batches
+from ep_engine.data.tokens import TokenFile, write_token_file
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.model import Decoder
 from ep_engine.model_config import read_model_config
 from ep_engine.parallelize import entries_of
-from ep_engine.place import place
 from ep_engine.placement import read_placement
-from ep_engine.tokens import TokenFile, write_token_file
 from tests.counts import COUNTS, LOAD, random_profile
 from tests.run_files import contents, make_files, write_run
 

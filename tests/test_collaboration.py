@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ep_engine.collaboration import (
+from ep_engine.c2r.collaboration import (
     Profile,
     collaboration_lists,
     read_profile,

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ep_engine.connect import connect
 from ep_engine.errors import UserError
 from ep_engine.mesh import World, process_groups
 from ep_engine.placement import Placement
+from ep_engine.transports.connect import connect
 from tests.distributed import run_ranks
 from tests.run_files import make_files, resolve_run
 
@@ -35,7 +35,7 @@ def _choose(rank: int, world_size: int, name: str) -> None:
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ep_engine.connect").addHandler(handler)
+    logging.getLogger("ep_engine.transports.connect").addHandler(handler)
     cut = Placement(devices=4, factors=factors, layers=[[0, 1, 2, 3]]).cut(4)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, node=nodes[rank])
     with process_groups(world, CPU, 4, 60.0) as meshes:

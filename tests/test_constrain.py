@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from checkpoint_tools.export import export
 from checkpoint_tools.verify import verify
 from ep_engine import reference
+from ep_engine.c2r.constrain import in_no_list
 from ep_engine.checkpoint import newest
 from ep_engine.config import BalanceSection
-from ep_engine.constrain import in_no_list
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig, read_model_config
 from ep_engine.router import Router

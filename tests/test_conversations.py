@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_engine.conversations import TEMPLATES, Chat, chat_of, messages_of
-from ep_engine.corpus import load_tokenizer, train_tokenizer
-from ep_engine.documents import Block
-from ep_engine.encoder import Encoder, response_mask
+from ep_engine.data.conversations import TEMPLATES, Chat, chat_of, messages_of
+from ep_engine.data.corpus import load_tokenizer, train_tokenizer
+from ep_engine.data.documents import Block
+from ep_engine.data.encoder import Encoder, response_mask
 from ep_engine.errors import UserError
 
 CHATML = (

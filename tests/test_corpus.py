@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ep_engine.corpus import (
+from ep_engine.data.corpus import (
     END_OF_TEXT,
     STANDARD_LIBRARY,
     Encoded,
@@ -19,8 +19,8 @@ from ep_engine.corpus import (
     standard_library_files,
     train_tokenizer,
 )
+from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import UserError
-from ep_engine.tokens import TokenFile
 
 TEXTS = ["def area(width, height):\n    return width * height\n" * 3, "for width in area:\n    print(width)\n"] * 4
 

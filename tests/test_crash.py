@@ -19,7 +19,7 @@ from ep_engine.errors import Fault
 from ep_engine.mesh import World
 from ep_engine.output import whole_folder
 from ep_engine.resolve import resolve
-from ep_engine.trainer import train
+from ep_engine.training.trainer import train
 from ep_engine.whole_model import read_model
 from tests.distributed import run_ranks
 from tests.run_cases import moe_model, small_run, train_here, write_text

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_engine.cuda_ipc import CudaIpc
 from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
-from ep_engine.transport import Link
+from ep_engine.transports.cuda_ipc import CudaIpc
+from ep_engine.transports.transport import Link
 from tests.distributed import run_ranks
 from tests.moe_cases import D, make_layer
 

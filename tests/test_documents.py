@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from ep_engine import documents
-from ep_engine.documents import blocks, document_files, domains, text_of, texts, value_of
+from ep_engine.data import documents
+from ep_engine.data.documents import blocks, document_files, domains, text_of, texts, value_of
 from ep_engine.errors import UserError
 
 

@@ -13,11 +13,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from checkpoint_tools.convert import convert
-from ep_engine.batches import IGNORED, PADDING, rows_of
-from ep_engine.blend import updated_weights
 from ep_engine.checkpoint import newest, read_manifest
 from ep_engine.config import RunConfig, load_config, to_toml
-from ep_engine.tokens import TokenFile, write_masked_token_file, write_token_file
+from ep_engine.data.batches import IGNORED, PADDING, rows_of
+from ep_engine.data.blend import updated_weights
+from ep_engine.data.tokens import TokenFile, write_masked_token_file, write_token_file
 from tests.distributed import run_ranks
 from tests.run_cases import VOCAB, losses, moe_model, small_run, train_here
 from tests.run_files import contents

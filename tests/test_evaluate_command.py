@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint_tools.export import export
-from ep_engine.collaboration import collaboration_lists, read_profile
-from ep_engine.generate import read_tokenizer
-from ep_engine.loaded_model import Rule, loaded
+from ep_engine.c2r.collaboration import collaboration_lists, read_profile
+from ep_engine.data.tokens import TokenFile, write_token_file
+from ep_engine.inference.generate import read_tokenizer
+from ep_engine.inference.loaded_model import Rule, loaded
+from ep_engine.inference.task_suites import SUITES, load_tasks, named_tasks, task_manager
 from ep_engine.mesh import World
 from ep_engine.placement import Placement
-from ep_engine.task_suites import SUITES, load_tasks, named_tasks, task_manager
-from ep_engine.tokens import TokenFile, write_token_file
 from tests.counts import random_profile
 from tests.distributed import run_ranks
 from tests.small_models import dense_folder, edit_json, moe_checkpoint, routing_tables
@@ -96,7 +96,7 @@ def answers(model: Any, files: Path) -> dict[str, list[Any]]:
 
 
 def of_engine(files: Path, world: World, batch_size: int = 8) -> dict[str, list[Any]]:
-    from ep_engine.lm_eval_model import EngineLM
+    from ep_engine.inference.lm_eval_model import EngineLM
 
     with loaded(files / "engine", world, Rule(), most_tokens=8 * 128) as model:
         return answers(EngineLM(model, read_tokenizer(files / "engine"), batch_size), files)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ep_engine import ops
-from ep_engine.locality import uniform_layer
+from ep_engine.c2r.locality import uniform_layer
 from ep_engine.placement import Placement
 from ep_engine.selection import GroupLimited
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ep_engine.config import RunConfig
 from ep_engine.errors import UserError
-from ep_engine.expert_traffic import ExpertTraffic, Groups, Passed, count_traffic, transport_of
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.mesh import World, process_groups
 from ep_engine.placement import Placement
+from ep_engine.planning.expert_traffic import ExpertTraffic, Groups, Passed, count_traffic, transport_of
 from ep_engine.resolve import resolve, resolve_layout
 from ep_engine.stages import Stages
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 from tests.counts import random_profile
 from tests.distributed import run_ranks
 from tests.run_cases import moe_model, small_run, write_text

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from checkpoint_tools.convert import convert
 from checkpoint_tools.export import export
-from ep_engine.generate import Sampling, choose, continue_all, end_tokens
+from ep_engine.inference.generate import Sampling, choose, continue_all, end_tokens
+from ep_engine.inference.loaded_model import Rule, loaded
 from ep_engine.kv_cache import KVCache
-from ep_engine.loaded_model import Rule, loaded
 from ep_engine.mesh import World
 from ep_engine.model_config import read_model_config
 from ep_engine.placement import Placement

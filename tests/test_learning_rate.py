@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep_engine.config import TrainSection
-from ep_engine.schedule import learning_rate, warmup_steps
+from ep_engine.training.schedule import learning_rate, warmup_steps
 
 
 def schedule(**keys: Any) -> list[float]:

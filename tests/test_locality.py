@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ep_engine.locality import (
+from ep_engine.c2r.locality import (
     Counted,
     bound_layer,
     describe_layer,

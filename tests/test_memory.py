@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import LAYOUTS, MODEL, compared, config_of, make_files, measure
-from ep_engine.activations import Part
 from ep_engine.attention import Positions
 from ep_engine.config import RunConfig
-from ep_engine.expert_traffic import Groups, Passed
-from ep_engine.memory import Step, Tape
 from ep_engine.model import DecoderLayer
 from ep_engine.model_config import CondensedLayer, ModelConfig, MoEConfig
-from ep_engine.plan_run import plan_run
+from ep_engine.planning.activations import Part
+from ep_engine.planning.expert_traffic import Groups, Passed
+from ep_engine.planning.memory import Step, Tape
+from ep_engine.planning.plan_run import plan_run
+from ep_engine.planning.weight_groups import Weights, stage_weights
 from ep_engine.resolve import resolve_layout
-from ep_engine.weight_groups import Weights, stage_weights
 from tests.distributed import run_ranks
 
 DENSE = ModelConfig(

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ep_engine.activations import Part
-from ep_engine.expert_traffic import Passed
-from ep_engine.mfu import activated_parameters, flops_of_token, peak_of
 from ep_engine.model import Decoder
 from ep_engine.model_config import ModelConfig, MoEConfig, read_model_config
-from ep_engine.work import ATTENTION_PASSES, PASSES, of_experts, of_head, of_layer
+from ep_engine.planning.activations import Part
+from ep_engine.planning.expert_traffic import Passed
+from ep_engine.planning.work import ATTENTION_PASSES, PASSES, of_experts, of_head, of_layer
+from ep_engine.training.mfu import activated_parameters, flops_of_token, peak_of
 from tests.run_cases import small_run, train_here, write_text
 
 DENSE: dict[str, Any] = {

@@ -16,7 +16,7 @@ from ep_engine.moe_layer import MoELayer
 from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan
 from ep_engine.router import Choice
-from ep_engine.transport import Alone, Link
+from ep_engine.transports.transport import Alone, Link
 from tests.moe_cases import D, make_layer, set_routing
 
 # Sums in float32, in another order than the reference's.

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint_tools.source import open_source
+from ep_engine.c2r.collaboration import read_profile
 from ep_engine.checkpoint import read_manifest
-from ep_engine.collaboration import read_profile
 from ep_engine.config import RunConfig
+from ep_engine.data.tokens import write_token_file
 from ep_engine.mesh import World, process_groups
 from ep_engine.resolve import resolve
 from ep_engine.stages import Schedule, Stages
-from ep_engine.tokens import write_token_file
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.run_cases import losses, small_run, train_here, write_text
 from tests.small_models import dense_folder, moe_checkpoint

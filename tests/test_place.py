@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ep_engine.collaboration import Profile
+from ep_engine.c2r.collaboration import Profile
+from ep_engine.c2r.locality import device_load, fraction_inside
+from ep_engine.c2r.place import check_fits, on_other_text, parse_cap, place
 from ep_engine.errors import UserError
-from ep_engine.locality import device_load, fraction_inside
-from ep_engine.place import check_fits, on_other_text, parse_cap, place
 from ep_engine.placement import Placement
 from tests.counts import DATA, profile_of, published, random_profile, symmetric
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.planted import Planted
-from ep_engine.locality import distinct_groups, fraction_inside
+from ep_engine.c2r.locality import distinct_groups, fraction_inside
 
 pytest.importorskip("pymetis", reason="a peer of benchmarks/placement.py that only requirements-dev.txt installs")
 from benchmarks.placement import large, noisy

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ep_engine.collaboration import read_profile
+from ep_engine.c2r.collaboration import read_profile
 from ep_engine.config import RunConfig
 from ep_engine.ledger import DIRECTIONS, TIERS
-from ep_engine.memory import KINDS
 from ep_engine.mesh import World, process_groups
 from ep_engine.model_config import read_model_config
-from ep_engine.plan_run import plan_run
+from ep_engine.planning.memory import KINDS
+from ep_engine.planning.plan_run import plan_run
+from ep_engine.planning.routing_trace import draw_routing, read_trace, save_trace
 from ep_engine.resolve import resolve
-from ep_engine.routing_trace import draw_routing, read_trace, save_trace
-from ep_engine.trainer import Trainer
+from ep_engine.training.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.run_cases import NEW_MODEL, small_run
 from tests.run_files import contents, make_files, write_run

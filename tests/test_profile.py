@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from ep_engine.collaboration import Profile, agreement
-from ep_engine.collaboration_report import describe_collaboration, draw_collaboration
-from ep_engine.corpus import text_files
+from ep_engine.c2r.collaboration import Profile, agreement
+from ep_engine.c2r.collaboration_report import describe_collaboration, draw_collaboration
+from ep_engine.c2r.profile import profile
+from ep_engine.data.corpus import text_files
+from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import UserError
 from ep_engine.mesh import World
-from ep_engine.profile import profile
-from ep_engine.tokens import TokenFile
 from tests.counts import COUNTS, DATA, LOAD, profile_of, published
 from tests.distributed import run_ranks
 from tests.run_files import make_files

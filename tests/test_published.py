@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ep_engine.collaboration import collaboration_lists
+from ep_engine.c2r.collaboration import collaboration_lists
+from ep_engine.c2r.plain_pickle import plain_pickle
+from ep_engine.c2r.published import read_lists, read_published_counts
 from ep_engine.errors import UserError
-from ep_engine.plain_pickle import plain_pickle
-from ep_engine.published import read_lists, read_published_counts
 from tests.counts import COUNTS, DATA, LOAD, published
 
 

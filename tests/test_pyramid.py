@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from checkpoint_tools.source import open_source
 from checkpoint_tools.upcycle import UpcycleOptions, moe_config
 from ep_engine import checkpoint
-from ep_engine.collaboration import read_profile
+from ep_engine.c2r.collaboration import read_profile
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import UserError
 from ep_engine.model import Decoder

@@ -8,7 +8,7 @@ import pytest
 
 from ep_engine.cli import app
 from ep_engine.config import config_table
-from ep_engine.report import table_rows
+from ep_engine.reports.report import table_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

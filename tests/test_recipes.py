@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ep_engine.blend import domain_weights, reference_losses
 from ep_engine.config import load_config
+from ep_engine.data.blend import domain_weights, reference_losses
 from ep_engine.layout import check_ranks
 
 CONFIGS = sorted((Path(__file__).parents[1] / "launch/configs").glob("*.toml"))

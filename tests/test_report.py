@@ -17,7 +17,7 @@ from PIL import Image
 
 from ep_engine.ledger import DIRECTIONS
 from ep_engine.placement import Placement
-from ep_engine.report import (
+from ep_engine.reports.report import (
     BYTE_COLUMNS,
     COLUMNS,
     byte_rows,

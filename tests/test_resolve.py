@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ep_engine.collaboration import collaboration_lists, read_profile
+from ep_engine.c2r.collaboration import collaboration_lists, read_profile
 from ep_engine.config import load_config
 from ep_engine.model_config import MoEConfig, read_model_config
 from ep_engine.placement import Placement

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from ep_engine.c2r.collaboration import collaboration_lists
 from ep_engine.checkpoint import hash_of_model
-from ep_engine.collaboration import collaboration_lists
 from ep_engine.errors import UserError
 from ep_engine.placement import Placement
 from tests.counts import random_profile

@@ -14,8 +14,8 @@ from ep_engine.config import BalanceSection, RunConfig
 from ep_engine.load_balance import router_statistics
 from ep_engine.model_config import ModelConfig, read_model_config
 from ep_engine.router import Routing
-from ep_engine.routing_metrics import describe_layer, max_over_mean
-from ep_engine.watch import RouterWatch
+from ep_engine.training.routing_metrics import describe_layer, max_over_mean
+from ep_engine.training.watch import RouterWatch
 from tests.distributed import run_ranks
 from tests.run_cases import moe_folder, small_run, train_here
 

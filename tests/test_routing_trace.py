@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from ep_engine.collaboration import Profile
+from ep_engine.c2r.collaboration import Profile
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig
-from ep_engine.routing_trace import draw_routing, read_trace, save_trace
+from ep_engine.planning.routing_trace import draw_routing, read_trace, save_trace
 from tests.small_models import routing_tables
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 48}

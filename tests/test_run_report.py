@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from ep_engine.c2r.collaboration import read_profile
 from ep_engine.cli import app
-from ep_engine.collaboration import read_profile
 from ep_engine.command_line import exit_with_sentence
-from ep_engine.drawing import chart, heat_map, shares
 from ep_engine.errors import UserError
-from ep_engine.run_numbers import loads_of, read_run, series
-from ep_engine.run_report import write_run_report
+from ep_engine.reports.drawing import chart, heat_map, shares
+from ep_engine.reports.run_numbers import loads_of, read_run, series
+from ep_engine.reports.run_report import write_run_report
 from ep_engine.stopwatch import PARTS
 from ep_engine.whole_model import read_model
 from tests.distributed import run_ranks

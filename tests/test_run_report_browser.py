@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ep_engine.run_numbers import read_run
-from ep_engine.run_report import write_run_report
+from ep_engine.reports.run_numbers import read_run
+from ep_engine.reports.run_report import write_run_report
 from tests.run_cases import moe_folder, small_run, train_here
 from tests.test_run_report import Page
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_engine.errors import Fault
-from ep_engine.transport import Collective
+from ep_engine.transports.transport import Collective
 from tests.distributed import run_ranks
 from tests.moe_cases import D, links_between, make_layer, set_routing
 

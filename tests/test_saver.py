@@ -14,7 +14,7 @@ from ep_engine.config import RunConfig
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.errors import Fault
 from ep_engine.model_config import read_model_config
-from ep_engine.saver import Saver
+from ep_engine.training.saver import Saver
 from ep_engine.whole_model import read_model
 from tests.distributed import run_ranks
 from tests.run_cases import moe_model, small_run, train_here, write_text
@@ -77,7 +77,7 @@ def _save_twice(rank: int, world_size: int, folder: Path) -> None:
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ep_engine.saver").addHandler(handler)
+    logging.getLogger("ep_engine.training.saver").addHandler(handler)
     entries = _whole_model(folder, 1.0)
     with _saver(folder, "twice") as saver:
         places = set()

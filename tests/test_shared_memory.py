@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep_engine.errors import Fault
-from ep_engine.regions import Regions
-from ep_engine.shared_memory import SharedMemory
+from ep_engine.transports.regions import Regions
+from ep_engine.transports.shared_memory import SharedMemory
 from tests.distributed import run_ranks
 
 ROOT = Path(__file__).parents[1]

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ep_engine import work
-from ep_engine.activations import Part
 from ep_engine.attention import Positions
-from ep_engine.cluster import Cluster, make_cluster, read_cluster
+from ep_engine.c2r.profile import profile
 from ep_engine.config import RunConfig
+from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import UserError
-from ep_engine.expert_traffic import Groups, Passed
 from ep_engine.model import DecoderLayer
 from ep_engine.model_config import read_model_config
 from ep_engine.placement import Placement
-from ep_engine.profile import profile
-from ep_engine.routing_trace import choose_again, read_ids, save_trace
-from ep_engine.simulate import simulate
-from ep_engine.tokens import TokenFile
-from ep_engine.what_if import variants
+from ep_engine.planning import work
+from ep_engine.planning.activations import Part
+from ep_engine.planning.cluster import Cluster, make_cluster, read_cluster
+from ep_engine.planning.expert_traffic import Groups, Passed
+from ep_engine.planning.routing_trace import choose_again, read_ids, save_trace
+from ep_engine.planning.simulate import simulate
+from ep_engine.planning.what_if import variants
 from tests.run_cases import moe_folder, small_run
 from tests.small_models import moe_checkpoint, routing_tables
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ep_engine.c2r.solver import ANY, Effort, Found, least_room, solve
 from ep_engine.placement import Placement
-from ep_engine.solver import ANY, Effort, Found, least_room, solve
 
 NODE_WEIGHT = 3
 SHAPES = [(3, 3, 1), (5, 2, 1), (6, 2, 2), (7, 2, 1), (5, 4, 2), (6, 4, 2), (8, 4, 2)]  # experts, devices, nodes

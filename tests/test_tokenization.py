@@ -13,10 +13,10 @@ import pytest
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from ep_engine import documents, tokenization
-from ep_engine.corpus import END_OF_TEXT, train_tokenizer
-from ep_engine.tokenization import Reading, Tokenizing
-from ep_engine.tokens import TokenFile, mask_prefix
+from ep_engine.data import documents, tokenization
+from ep_engine.data.corpus import END_OF_TEXT, train_tokenizer
+from ep_engine.data.tokenization import Reading, Tokenizing
+from ep_engine.data.tokens import TokenFile, mask_prefix
 from tests.run_files import contents
 from tests.texts import VOCABULARY, WORDS, text_model, write_documents
 

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ep_engine.batches import Batches, heldout_batches
+from ep_engine.data.batches import Batches, heldout_batches
+from ep_engine.data.tokens import TokenFile, unigram_entropy, write_token_file
 from ep_engine.errors import UserError
-from ep_engine.tokens import TokenFile, unigram_entropy, write_token_file
 
 
 def documents(*ids: list[int]) -> list[NDArray[np.int64]]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.source import open_source
-from ep_engine import trainer as trainer_file
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import Fault, UserError
-from ep_engine.guard import GO_BACK, RECENT
 from ep_engine.resolve import resolve
+from ep_engine.training import trainer as trainer_file
+from ep_engine.training.guard import GO_BACK, RECENT
 from ep_engine.whole_model import write_model
 from tests.distributed import run_ranks
 from tests.run_cases import losses, moe_folder, small_run, train_here

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_tools.source import open_source
+from ep_engine.c2r.collaboration import Profile, read_profile
 from ep_engine.checkpoint import newest, read_manifest
-from ep_engine.collaboration import Profile, read_profile
 from ep_engine.config import RunConfig
+from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import Fault, UserError
 from ep_engine.mesh import World
 from ep_engine.resolve import resolve
-from ep_engine.tokens import TokenFile
-from ep_engine.trainer import train
+from ep_engine.training.trainer import train
 from tests.distributed import run_ranks
 from tests.run_cases import NEW_MODEL, losses, moe_model, small_run, train_here, write_text
 from tests.small_models import dense_folder, moe_checkpoint, run_tool

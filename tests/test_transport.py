@@ -13,8 +13,8 @@ from ep_engine.errors import Fault
 from ep_engine.ledger import Ledger
 from ep_engine.placement import Placement
 from ep_engine.plan import Site, make_plan, way_to
-from ep_engine.shared_memory import SharedMemory
-from ep_engine.transport import Collective, Link, Transport
+from ep_engine.transports.shared_memory import SharedMemory
+from ep_engine.transports.transport import Collective, Link, Transport
 from tests.distributed import run_ranks
 
 TRANSPORTS = {

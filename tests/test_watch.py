@@ -12,13 +12,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from checkpoint_tools.source import open_source
-from ep_engine.collaboration import Profile, drift, read_profile
+from ep_engine.c2r.collaboration import Profile, drift, read_profile
+from ep_engine.c2r.place import asked_of, place
+from ep_engine.c2r.placement_watch import ALARM, PlacementWatch, compare, stored_profile
 from ep_engine.config import RunConfig
 from ep_engine.errors import UserError
 from ep_engine.metrics import Metrics, load_picture, numbers_in
-from ep_engine.place import asked_of, place
 from ep_engine.placement import Placement, read_placement
-from ep_engine.placement_watch import ALARM, PlacementWatch, compare, stored_profile
 from ep_engine.resolve import resolve
 from tests.counts import COUNTS, LOAD, random_profile
 from tests.distributed import run_ranks

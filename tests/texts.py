@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from ep_engine.corpus import train_tokenizer
+from ep_engine.data.corpus import train_tokenizer
 from tests.small_models import dense_folder
 
 WORDS = (

@@ -1,4 +1,4 @@
-// The solver for numpy: `ep_engine._solver`. Checked by its one caller, ep_engine/solver.py.
+// The solver for numpy: `ep_engine._solver`. Checked by its one caller, ep_engine/c2r/solver.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
