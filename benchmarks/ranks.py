@@ -1,5 +1,6 @@
 """Ranks of one machine for benchmarks: start them, and time calls that all of them make together."""
 
+import multiprocessing
 import os
 import statistics
 import tempfile
@@ -12,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# A server that imports the engine once and forks ranks, for who starts hundreds of them.
+multiprocessing.set_forkserver_preload(["ep_engine.training.trainer"])
+
 
 @dataclass(frozen=True)
 class Together:
@@ -22,13 +26,22 @@ class Together:
     threads: int = 1
 
 
-def on_ranks(body: Callable[..., dict[str, Any]], *args: object, world_size: int) -> dict[str, Any]:
-    """Call `body(rank, *args)` on gloo ranks in processes of their own; what the first rank returns."""
+def on_ranks(
+    body: Callable[..., dict[str, Any]], *args: object, world_size: int, start_method: str = "spawn"
+) -> dict[str, Any]:
+    """Call `body(rank, *args)` on gloo ranks in processes of their own; what the first rank returns.
+
+    Args:
+        body: a function of a module, because it is sent by name.
+        args: what else it is given.
+        world_size: number of ranks.
+        start_method: of multiprocessing; `forkserver` spares ranks their imports, seconds for each.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
-    context = mp.get_context("spawn")
+    context = mp.get_context(start_method)
     with tempfile.TemporaryDirectory() as folder:
         answers = context.SimpleQueue()
-        mp.spawn(_run, (world_size, folder, body, args, answers), nprocs=world_size)
+        mp.start_processes(_run, (world_size, folder, body, args, answers), world_size, start_method=start_method)
         found: dict[str, Any] = answers.get()
     return found
 

@@ -1,6 +1,6 @@
 """Which way from a dense model to experts is best, and what do constraints on routing cost and save?
 
-    python -m benchmarks.study [--smoke] [--out runs/study]
+    python -m benchmarks.study [--smoke] [--seeds N] [--out runs/study]
 
 A dense model is trained on the text of this Python's standard library and of what documentation is installed, and made
 into experts in six ways. All go on for the same tokens, as does the dense model: for as many tokens, and for as many
@@ -18,7 +18,8 @@ on 4 ranks: top-k by id and placed, C2R at several T, C2R on at most M devices, 
 FOLDER/text        token files, tokenizer      FOLDER/runs/ARM-SEED  a run of training, with ARM-SEED.start.json beside
 FOLDER/models      what was made of the parent FOLDER/study.json, study.png  the figures and the curves, written last
 
-What is in the folder is not done again, so that a study which was ended goes on with the run at which it was.
+What is in the folder is not done again, so that a study which was ended goes on with the run at which it was, and one
+of few seeds with more.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ class Study:
         return self._report(parent, constructed, tuned)
 
     def _claim(self) -> None:
-        mark, sizes = self.out / "sizes.json", json.dumps(asdict(self.sizes), indent=1) + "\n"
+        same = {name: size for name, size in asdict(self.sizes).items() if name != "seeds"}  # there may be more later
+        mark, sizes = self.out / "sizes.json", json.dumps(same, indent=1) + "\n"
         if mark.is_file():
             if mark.read_text() != sizes:
                 raise UserError(f"{self.out} holds a study of other sizes; choose another --out, or delete it")
@@ -280,7 +282,7 @@ class Study:
         if not is_done(folder, steps):
             began = time.perf_counter()
             config = self._config(folder, checkpoint, steps, seed, sections or {}, ranks)
-            on_ranks(_train_rank, config, world_size=ranks)
+            on_ranks(_train_rank, config, world_size=ranks, start_method="forkserver")
             self.trained += 1
             told = f"{steps} steps in {time.perf_counter() - began:.0f} s"
             self.progress.done(
@@ -389,10 +391,15 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="all stages on a small scale, meant for less than 15 minutes"
     )
+    parser.add_argument("--seeds", type=int, help="[5; 2 of --smoke]")
     parser.add_argument("--out", type=Path, help="[runs/study, runs/study-smoke]")
     args = parser.parse_args()
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds ({args.seeds}) must be at least 1")
+    sizes = SMOKE if args.smoke else StudySizes()
+    sizes = replace(sizes, seeds=args.seeds or sizes.seeds)
     out = args.out or Path("runs/study-smoke" if args.smoke else "runs/study")
-    study = Study(out, SMOKE if args.smoke else StudySizes())
+    study = Study(out, sizes)
     try:
         results = study.run()
     except UserError as error:
