@@ -127,6 +127,10 @@ def split_command(
     gate_noise: Annotated[
         bool, typer.Option("--gate-noise", help="give the router a noise matrix, for balance.noise of a run")
     ] = False,
+    score: Annotated[
+        Literal["softmax_of_chosen", "sigmoid"],
+        typer.Option(help="combine weights: softmax over the chosen; their sigmoids over the sum"),
+    ] = "softmax_of_chosen",
     score_scale: Annotated[
         float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")
     ] = None,
@@ -174,7 +178,7 @@ def split_command(
     texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
     partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
     options = split.SplitOptions(
-        num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init, gate_noise
+        num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init, score, gate_noise
     )
     _run(split.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
 
@@ -254,7 +258,8 @@ def upcycle_command(
     gate_hidden_size: Annotated[int, typer.Option(min=0, help="inside of gates mlp_gelu and cosine [256]")] = 0,
     gate_init: Annotated[Literal["random", "zero"], typer.Option(help="weights of the router")] = "random",
     score: Annotated[
-        Literal["softmax_of_chosen", "softmax"], typer.Option(help="combine weights, over the chosen or all experts")
+        Literal["softmax_of_chosen", "softmax", "sigmoid"],
+        typer.Option(help="combine weights: softmax over the chosen or all experts; sigmoids over their sum"),
     ] = "softmax_of_chosen",
     scale: Annotated[
         Literal["none", "w_down", "cube-root"], typer.Option(help="of --score softmax: what makes up for its small sum")

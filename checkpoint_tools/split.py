@@ -49,6 +49,7 @@ class SplitOptions:
     partition: PartitionOptions = field(default_factory=PartitionOptions)
     residual: int = 0  # experts that every token goes through, of the neurons that most clusters want, or as files say
     gate_init: Literal["random", "neurons"] = "random"  # neurons: the mean direction of an expert's rows
+    score: Literal["softmax_of_chosen", "sigmoid"] = "softmax_of_chosen"  # combine weights, which add up to 1
     gate_noise: bool = False  # with a noise matrix, for noisy top-k
 
 
@@ -122,6 +123,8 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
             expert_hidden_size=width // e,
             gate=options.gate,  # type: ignore[arg-type]  # pydantic checks it
             gate_noise=options.gate_noise,
+            score=options.score,
+            renormalise=options.score == "sigmoid",
             score_scale=options.num_experts / max(options.top_k, 1)
             if options.score_scale is None
             else options.score_scale,

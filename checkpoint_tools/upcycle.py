@@ -48,7 +48,7 @@ class UpcycleOptions:
     gate: Gate = "linear"
     gate_hidden_size: int = 0  # of the gates mlp_gelu and cosine; 0: 256
     gate_init: Literal["random", "zero"] = "random"
-    score: Literal["softmax_of_chosen", "softmax"] = "softmax_of_chosen"
+    score: Literal["softmax_of_chosen", "softmax", "sigmoid"] = "softmax_of_chosen"
     scale: Scale = "w_down"  # of experts, where the score is `softmax`
     start_layer: int = 0  # the first with experts
     layer_step: int = 1  # from one with experts to the next
@@ -125,7 +125,7 @@ def _preserves(options: UpcycleOptions) -> bool:
     if options.residual:
         return True
     uniform = options.gate_init == "zero" and options.scale == "w_down"
-    return not options.noise and not options.drop and (options.score == "softmax_of_chosen" or uniform)
+    return not options.noise and not options.drop and (options.score != "softmax" or uniform)
 
 
 def _maker(
@@ -146,7 +146,7 @@ def _maker(
 
 def _factor(options: UpcycleOptions, name: str, num_experts: int) -> float:
     """On a matrix of an expert, so that softmax over all experts does not make the layer small."""
-    if options.score == "softmax_of_chosen" or options.scale == "none":
+    if options.score != "softmax" or options.scale == "none":
         return 1.0
     whole = num_experts * options.granularity / options.top_k
     if options.scale == "cube-root":
@@ -241,11 +241,10 @@ def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
         raise UserError(
             "--gate-init zero is not for --gate cosine: nothing has no direction; its logits are at most 1 at first"
         )
-    renormalised = options.score == "softmax_of_chosen"
+    renormalised = options.score != "softmax"
     if renormalised and options.scale != "w_down":
         raise UserError(
-            f"--scale {options.scale} has no effect on --score softmax_of_chosen, whose weights add up to 1; leave it "
-            "out"
+            f"--scale {options.scale} has no effect on --score {options.score}, whose weights add up to 1; leave it out"
         )
     try:
         moe = MoEConfig(
@@ -256,6 +255,7 @@ def moe_config(dense: ModelConfig, options: UpcycleOptions) -> ModelConfig:
             gate=options.gate,
             gate_hidden_size=(given or 256) if needs_inside else 0,
             score=options.score,
+            renormalise=options.score == "sigmoid",  # as in DeepSeek-V3, arXiv:2412.19437 eq. 13
             score_scale=float(size) if renormalised else 1.0,
             residual_experts=int(options.residual),
             residual_hidden_size=width if options.residual else 0,

@@ -51,6 +51,7 @@ class Experts(nn.Module):
         handover = _Kept(
             arrival=arrival,
             sum_sizes=self.sum_sizes,
+            trained=self.w_gate_up.requires_grad or self.w_down.requires_grad,
             later=self.weight_grads_later,
             recompute=self.recompute,
             grouped=grouped,
@@ -68,6 +69,7 @@ class _Kept(Handover):
 
     arrival: Arrival
     sum_sizes: list[int]
+    trained: bool
     later: bool
     recompute: bool
     grouped: bool
@@ -98,9 +100,10 @@ class _Mixture(torch.autograd.Function):
         weight_N = ops.choice_weights_backward(weights_RW, position_RW, len(gate_up_NF), 1).view(-1)
         grad_x_ND, grad_weight_N, weight_grads = ctx.products.backward(
             ExpertsBackward(grads[0], x_RD, kept.arrival.tables, w_gate_up, w_down, gate_up_NF, weight_N),
-            later=kept.later,
+            later=kept.later or not kept.trained,
         )
-        kept.weight_grads = timed("experts")(weight_grads)
+        if kept.trained:  # nobody asks for those of frozen experts, which are then never computed
+            kept.weight_grads = timed("experts")(weight_grads)
         grad_x_RD = ops.combine_rows(grad_x_ND, position_RW, kept.arrival.row_slot_RW, None, kept.sum_sizes)
         grad_weights_RW = torch.empty_like(weights_RW)
         ops.choice_weights(grad_weight_N, position_RW, grad_weights_RW)

@@ -247,7 +247,8 @@ def entries_of(
     expert_ids = {f"{prefix}layers.{i}.moe.experts": moe.site.experts_here() for i, moe in moes.items()}
     entries = module_entries(((prefix + name, tensor) for name, tensor in named.items()), expert_ids, experts)
     for name in (prefix + copy for stage in stages for copy in stage.copies):
-        entries[name] = replace(entries[name], is_copy=True)
+        if name in entries:  # what is frozen has no moments
+            entries[name] = replace(entries[name], is_copy=True)
     return entries
 
 

@@ -152,6 +152,8 @@ class Pipeline:
         for model in self.models.values():
             if model.config.tie_embeddings and (model.is_first or model.is_last):
                 assert model.embed is not None, "both have it"
+                if not model.embed.weight.requires_grad:
+                    continue
                 grad = model.embed.weight.grad
                 assert grad is not None, "both are after their backward"
                 dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self.ends)

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ep_engine.config import RunConfig, load_config, to_toml
 from ep_engine.data.batches import IGNORED, PADDING, rows_of
 from ep_engine.data.blend import updated_weights
 from ep_engine.data.tokens import TokenFile, write_masked_token_file, write_token_file
+from ep_engine.resolve import resolve
 from tests.distributed import run_ranks
 from tests.run_cases import VOCAB, losses, moe_model, small_run, train_here
 from tests.run_files import contents
@@ -36,11 +37,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_token_file(folder / f"near-{name}", [np.cumsum(draw.integers(-1, 3, num_near)) % VOCAB], VOCAB)
         write_token_file(folder / f"far-{name}", [draw.integers(0, VOCAB, num_far)], VOCAB)
     moe_model(folder)
-    chats = []
-    for _ in range(60):
-        ids = np.cumsum(draw.integers(-1, 3, draw.integers(2, 24))) % VOCAB
-        chats.append((ids, (np.arange(len(ids)) >= len(ids) // 2).astype(np.uint8)))
-    write_masked_token_file(folder / "chats", chats, VOCAB)
+    for name, longest in (("chats", 24), ("pleas", 12)):
+        chats = []
+        for _ in range(60):
+            ids = np.cumsum(draw.integers(-1, 3, draw.integers(2, longest))) % VOCAB
+            chats.append((ids, (np.arange(len(ids)) >= len(ids) // 2).astype(np.uint8)))
+        write_masked_token_file(folder / name, chats, VOCAB)
     return folder
 
 
@@ -185,8 +187,33 @@ def test_a_domain_that_runs_dry_stops_the_run_or_comes_again(folder: Path, caplo
     assert losses(wraps)[:7] == losses(stops)
 
 
+def test_losses_of_domains_weighed_by_their_tokens_are_the_loss(folder: Path) -> None:
+    config = two_domains(folder, "weighed", train={"steps": 5, "log_every": 2})
+    train_here(config)
+    rows = {"near": 0.0, "far": 0.0}
+    for line in lines(config):
+        read = {name: domain["rows"] - rows[name] for name, domain in line["domains"].items()}
+        rows = {name: domain["rows"] for name, domain in line["domains"].items()}
+        total = sum(read[name] * domain["loss"] for name, domain in line["domains"].items())
+        assert total / sum(read.values()) == pytest.approx(line["loss"], rel=1e-6)
+    assert line["domains"]["near"]["loss"] < line["domains"]["far"]["loss"]
+
+
+def test_a_domain_that_was_not_read_has_no_loss(folder: Path) -> None:
+    config = two_domains(folder, "unread", data={"weights": {"near": 1.0, "far": 0.0}}, train={"steps": 1})
+    train_here(config)
+    (line,) = lines(config)
+    assert line["domains"]["far"]["loss"] is None
+    assert line["domains"]["near"]["loss"] == pytest.approx(line["loss"], rel=1e-6)
+
+
+def two_chats(folder: Path) -> dict[str, Any]:
+    files = {name: str(folder / name) for name in ("chats", "pleas")}
+    return {"train": files, "weights": {"chats": 0.6, "pleas": 0.4}}
+
+
 def chats(folder: Path, name: str, *, packing: str = "documents", **sections: Any) -> RunConfig:
-    data = {"train": str(folder / "chats"), "heldout": None, "heldout_batches": 16, "packing": packing}
+    data = two_chats(folder) | {"heldout": None, "heldout_batches": 16, "packing": packing}
     return small_run(folder, name, data=data, **sections)
 
 
@@ -198,22 +225,32 @@ def test_only_responses_are_learnt_each_in_its_document(packing: str, folder: Pa
         "model": {"checkpoint": str(tmp_path / "engine")},
         "train": {"steps": 1, "learning_rate": 1e-9, "min_learning_rate": 0.0},
     }
-    data = {"train": str(folder / "chats"), "heldout": str(folder / "chats"), "packing": packing, "heldout_batches": 1}
-    config = small_run(folder, f"oracle-{packing}", data=data, **sections)
+    held_out = {"heldout": str(folder / "chats"), "packing": packing, "heldout_batches": 1}
+    config = small_run(folder, f"oracle-{packing}", data=two_chats(folder) | held_out, **sections)
     summary = train_here(config)
     model = LlamaForCausalLM.from_pretrained(dense)
     rows = rows_of(TokenFile(folder / "chats"), 16, packing)  # type: ignore[arg-type]
+    loss, count = loss_of_rows(model, [rows.read(row) for row in range(8)])
+    assert summary["heldout_tokens"] == count
+    assert summary["heldout_loss"] == pytest.approx(loss, rel=1e-5)
+    blend = resolve(config, 1, overwrite=True).blend()
+    (line,), read = lines(config), blend.ahead(8)
+    for domain, name in enumerate(blend.names):
+        loss, _ = loss_of_rows(model, list(zip(*blend.read([row for row in read if row[0] == domain]), strict=True)))
+        assert line["domains"][name]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def loss_of_rows(model: LlamaForCausalLM, rows: Sequence[tuple[Any, Any, Any]]) -> tuple[float, int]:
+    """Mean over the targets, and their number: document by document, nothing before it in its row."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for row in range(8):
-            inputs, targets, documents = map(torch.from_numpy, rows.read(row))
+        for inputs, targets, documents in (map(torch.as_tensor, row) for row in rows):
             for document in set(documents.tolist()) - {PADDING}:
                 at = documents == document
                 logits = model(inputs[at].unsqueeze(0)).logits[0]
                 of_each = torch.nn.functional.cross_entropy(logits, targets[at], ignore_index=IGNORED, reduction="sum")
                 total, count = total + float(of_each), count + int((targets[at] != IGNORED).sum())
-    assert summary["heldout_tokens"] == count
-    assert summary["heldout_loss"] == pytest.approx(total / count, rel=1e-5)
+    return total / count, count
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -233,6 +270,9 @@ def test_masked_losses_do_not_depend_on_the_layout(layout: str, folder: Path) ->
     train_here(one)
     run_ranks(_train, many, world_size=2)
     assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    for ours, theirs in zip(lines(many), lines(one), strict=True):
+        for domain in ("chats", "pleas"):
+            assert ours["domains"][domain]["loss"] == pytest.approx(theirs["domains"][domain]["loss"], rel=1e-5)
 
 
 def test_documents_that_are_cut_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -240,7 +280,7 @@ def test_documents_that_are_cut_are_told(folder: Path, caplog: pytest.LogCapture
     train_here(chats(folder, "cut", train={"steps": 1}))
     tokens = TokenFile(folder / "chats")
     longer = int((np.diff(tokens.document_ends, prepend=0) > 16).sum())
-    assert f"{longer} documents of domain all are longer than 16 tokens and cut there" in caplog.messages
+    assert f"{longer} documents of domain chats are longer than 16 tokens and cut there" in caplog.messages
 
 
 REFUSALS: dict[str, tuple[str, str]] = {

@@ -38,3 +38,15 @@ def test_masked_targets_have_neither_loss_nor_gradient(rows: int) -> None:
     found = entropy_sum(logits * 1, targets, masked=True)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, logits)[0], grad)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 512, 700])
+def test_losses_of_tokens_are_those_of_torch_and_the_sum_keeps_its_bits(rows: int) -> None:
+    torch.manual_seed(rows)
+    logits = torch.randn(2, rows, 50)
+    targets = torch.randint(0, 50, (2, rows)).masked_fill(torch.rand(2, rows) < 0.5, -100)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100)
+    of_tokens = torch.empty(2, rows)
+    found = entropy_sum(logits * 1, targets, masked=True, of_tokens_BS=of_tokens)
+    torch.testing.assert_close(of_tokens.flatten(), expected)
+    assert found == entropy_sum(logits * 1, targets, masked=True)

@@ -118,6 +118,25 @@ RUNS: dict[str, tuple[int, int, dict[str, dict[str, Any]]]] = {
         {"model": {"checkpoint": "{folder}/pyramid"}, "parallel": {"expert_parallel_size": 2}},
     ),
     "edp2 ep2 computed again": (4, 2, {"parallel": {"expert_parallel_size": 2}, "train": {"recompute": "full"}}),
+    "one process with a capacity": (1, 1, {"balance": {"capacity_factor": 0.5}}),
+    "edp2 ep2 with a capacity, in parts": (
+        4,
+        4,
+        {
+            "parallel": {"expert_parallel_size": 2},
+            "balance": {"capacity_factor": 0.75},
+            "train": {"micro_batches": 2, "recompute": "full"},
+        },
+    ),
+    "ep2 fixed rows with a capacity": (
+        2,
+        2,
+        {
+            "parallel": {"expert_parallel_size": 2},
+            "moe": {"fixed_rows": 64},
+            "balance": {"capacity_factor": 0.5},
+        },
+    ),
     "pp2 ep2 zbv": (
         4,
         4,
@@ -200,6 +219,16 @@ def _trace_step(rank: int, world_size: int, config: RunConfig, per_node: int, re
         ledger = trainer.ledger
         torch.save((of_layer, dict(ledger.sent), dict(ledger.tokens)), results / f"{rank}.pt")
         dist.barrier()
+
+
+def test_a_capacity_drops_rows(folder: Path) -> None:
+    # tokens 0 and 1 on rank 0, 2 and 3 on rank 1; all of experts 4 and 5; one choice of an expert is served
+    data = {"sequence_length": 1, "batch_size": 4}
+    capacity = {"capacity_factor": 1.0}
+    config = moe_run(folder, data=data, parallel={"expert_parallel_size": 2}, balance=capacity)
+    found = traffic_of(config, 2, torch.tensor([4, 5]).expand(2, 4, 2))
+    assert found.passed[1, 0, 0] == Passed(rows=1, copies=2, sent=0, width=2)
+    assert found.passed[0, 0, 0] == Passed(rows=0, copies=0, sent=1, width=2)
 
 
 def test_more_rows_than_are_fixed_are_refused(folder: Path) -> None:

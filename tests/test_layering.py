@@ -27,7 +27,7 @@ LAYERS = (  # a folder, "" for ep_engine itself, and files of it; a folder may c
     ("", "parallelize pipeline"),
     ("training", "schedule trained optimizer evaluate watch balancing agreement"),
     ("", "layout resolve"),
-    ("training", "routing_metrics mfu guard stopping feed heldout saver trainer"),
+    ("training", "routing_metrics mfu guard stopping feed domain_losses heldout saver trainer"),
     ("planning", "routing_trace expert_traffic activations weight_groups memory dense_traffic"),
     ("planning", "cluster work plan_run simulate what_if"),
     ("inference", "loaded_model generate perplexity task_suites lm_eval_model scores"),

@@ -212,6 +212,14 @@ def test_slices_of_experts_take_what_is_predicted(reshard: bool, tmp_path: Path)
     _check(tmp_path / "few", parallel, 4, tmp_path, batch_size=4, sequence_length=32)
 
 
+def test_frozen_experts_take_what_is_predicted(tmp_path: Path) -> None:
+    """Nearly all weights are experts, which have neither gradients nor moments."""
+    moe = MoEConfig(num_experts=4, top_k=1, expert_hidden_size=2048)
+    make_files(tmp_path / "few", MODEL.model_copy(update={"moe": moe, "num_layers": 2, "vocab_size": 512}))
+    frozen = {"train": {"freeze": ["*.experts.*"], "micro_batches": 2}}
+    _check(tmp_path / "few", frozen, 1, tmp_path, batch_size=4, sequence_length=32)
+
+
 # benchmarks/memory.py has them all; of each way to share or to keep less, one.
 SOME = [
     "bfloat16", "recompute full", "dp2, again, bfloat16, 4 parts", "ep2 shared_memory", "ep2 fixed rows, full",

@@ -43,7 +43,18 @@ def test_json_has_groups_memory_and_traffic(run: Command, files: Path, tmp_path:
     status, out, err = run("plan", write_run(files, tmp_path), *FOUR, "--ranks-per-node", 2, "--json")
     assert (status, err) == (0, "")
     plan = json.loads(out)
-    assert plan.keys() == {"ranks", "ranks_per_node", "dtype", "routing", "transport", "groups", "memory", "traffic"}
+    assert plan.keys() == {
+        "ranks",
+        "ranks_per_node",
+        "dtype",
+        "routing",
+        "transport",
+        "ignored",
+        "groups",
+        "memory",
+        "traffic",
+    }
+    assert plan["ignored"] == []
     assert (plan["ranks"], plan["ranks_per_node"], plan["dtype"]) == (4, 2, "float32")
     assert (plan["routing"], plan["transport"]) == ("uniform random, seed 0", "shared_memory")
     third = {"rank": 2, "node": 1, "layers": [0, 1], "pp": [2], "dp": [0, 2], "tp": [2, 3], "edp": [0, 2]}
@@ -73,6 +84,18 @@ def test_tables_are_shown_and_nothing_is_made(run: Command, files: Path, tmp_pat
     for title in ("Groups of every rank", "Most memory of a rank", "Experts' rows that leave", "What else leaves"):
         assert title in out
     assert contents(files, tmp_path) == before
+
+
+def test_what_the_plan_does_not_know_is_told(run: Command, files: Path, tmp_path: Path) -> None:
+    run_file = write_run(files, tmp_path)
+    more = ("data.packing=documents", 'train.freeze=["embed.*"]', "--ranks", 1)
+    status, out, _ = run("plan", run_file, *more)
+    assert status == 0
+    frozen, padding = json.loads(run("plan", run_file, *more, "--json")[1])["ignored"]
+    assert frozen == "that frozen weights keep less for the backward: activations are those of training all"
+    assert padding.startswith("how much of the rows is padding with data.packing documents: it is counted like other")
+    for what in (frozen, padding):
+        assert f"The plan does not know {what}." in " ".join(out.split())
 
 
 def test_neither_data_nor_weights_nor_a_free_folder_are_needed(run: Command, files: Path, tmp_path: Path) -> None:
@@ -243,6 +266,14 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
     "tp2, selective": {"parallel": {"tensor_parallel_size": 2}, "train": {"recompute": "selective"}},
     "tp2, full": {"parallel": {"tensor_parallel_size": 2}, "train": {"recompute": "full"}},
     "pp2": {"parallel": {"pipeline_parallel_size": 2}, "train": {"micro_batches": 4}},
+    "tp2, some frozen": {
+        "parallel": {"tensor_parallel_size": 2},
+        "train": {"freeze": ["embed.weight", "layers.0.*", "layers.1.attention.w_?.weight", "*norm.weight"]},
+    },
+    "dp2, some frozen, bfloat16": {
+        "parallel": {"reshard_after_forward": True},
+        "train": {"freeze": ["layers.0.*", "layers.1.attention.*", "*w_down*"], "dtype": "bfloat16"},
+    },
 }
 
 
@@ -251,9 +282,11 @@ PAIRS: dict[str, dict[str, dict[str, Any]]] = {
 def test_dense_traffic_is_that_of_a_step(name: str, kind: str, files: Path, tmp_path: Path) -> None:
     config = small_run(files, "pair", model={"checkpoint": str(files / kind)}, **PAIRS[name])
     run_ranks(_count_bytes, config, tmp_path, world_size=2)
-    for rank, kinds in enumerate(plan_run(config, 2)["traffic"]["dense_of_ranks"]):
+    plan = plan_run(config, 2)
+    for rank, kinds in enumerate(plan["traffic"]["dense_of_ranks"]):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert {kind: tiers["node"] for kind, tiers in kinds.items() if tiers["node"]} == found
+        assert {kind: tiers["node"] for kind, tiers in kinds.items() if tiers["node"]} == found["sent"]
+        assert plan["memory"]["ranks"][rank]["bytes"]["moments"] == found["moments"]
 
 
 def _count_bytes(rank: int, world_size: int, config: RunConfig, results: Path) -> None:
@@ -265,5 +298,8 @@ def _count_bytes(rank: int, world_size: int, config: RunConfig, results: Path) -
         trainer.one_step()
         with SentBytes() as bytes_of:
             trainer.one_step()
-        (results / f"{rank}.json").write_text(json.dumps(bytes_of.sent))
+        moments = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        local = [one.to_local() if isinstance(one, DTensor) else one for one in moments]
+        found = {"sent": bytes_of.sent, "moments": sum(one.nbytes for one in local)}
+        (results / f"{rank}.json").write_text(json.dumps(found))
         dist.barrier()

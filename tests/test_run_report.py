@@ -234,7 +234,7 @@ def test_losses_of_domains_and_other_balance_losses_are_drawn(tmp_path: Path) ->
             "step": n,
             "loss": 3.0,
             "heldout": {"step": 2 * (n // 2), "loss": {"code": 2.0 + n // 2, "news": 1.0}},
-            "domains": {"code": {"weight": n / 4, "rows": n}},
+            "domains": {"code": {"weight": n / 4, "rows": n, "loss": None if n == 2 else 3.0 - n / 2}},
             "balance_losses": {"z": n / 10},
         }
         for n in (1, 2, 3)
@@ -242,6 +242,7 @@ def test_losses_of_domains_and_other_balance_losses_are_drawn(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = page_of(tmp_path, tmp_path)
     assert page.curve("Held-out loss", "code") == [(0, 2.0), (2, 3.0)]
+    assert page.curve("Training loss of domains", "code") == [(1, 2.5), (3, 1.5)]  # it was not read in between
     assert page.curve("Weights of domains", "code") == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert page.curve("Balance losses", "z") == [(1, 0.1), (2, 0.2), (3, 0.3)]
 

@@ -22,7 +22,7 @@ from ep_engine.training import trainer as trainer_file
 from ep_engine.training.guard import GO_BACK, RECENT
 from ep_engine.whole_model import write_model
 from tests.distributed import run_ranks
-from tests.run_cases import losses, moe_folder, small_run, train_here
+from tests.run_cases import NEW_MODEL, losses, moe_folder, small_run, train_here
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,6 +109,18 @@ def test_what_is_frozen_stays_and_the_rest_learns(name: str, folder: Path) -> No
     )
     run_ranks(_train, resumed, world_size=ranks)  # moments of frozen weights are not asked for
     assert len(losses(resumed)) == 6
+
+
+def test_a_frozen_embedding_that_is_the_head_stays_on_both_ends_of_a_pipeline(folder: Path) -> None:
+    model, train = NEW_MODEL | {"tie_embeddings": True}, {"steps": 2, "micro_batches": 2, "freeze": ["embed.weight"]}
+    one, two = (
+        small_run(folder, f"tied {size}", model=model, train=train, parallel={"pipeline_parallel_size": size})
+        for size in (1, 2)
+    )
+    train_here(one)
+    run_ranks(_train, two, world_size=2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert torch.equal(weights(two)["embed.weight"], weights(one)["embed.weight"])
 
 
 def test_frozen_layouts_agree(folder: Path) -> None:

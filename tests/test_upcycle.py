@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint_tools.forward import routed
 from checkpoint_tools.source import open_source
 from checkpoint_tools.upcycle import UpcycleOptions, moe_config
 from ep_engine.entries import expected_entries
@@ -77,6 +78,36 @@ def test_raw_softmax_weights_need_a_scale(
     capsys.readouterr()
     assert run_tool("upcycle", dense, tmp_path / "drawn", *sizes) == 0  # a random router: scores are not equal
     assert "logits differ from those of the source by up to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (8, 4, 2)])
+def test_sigmoid_weights_add_up_and_need_no_scale(
+    sizes: tuple[int, int, int], dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*zip(("--num-experts", "--top-k", "--granularity"), sizes, strict=True)]
+    options = [*(word for pair in given for word in pair), "--score", "sigmoid"]
+    assert run_tool("upcycle", dense, tmp_path / "moe", *options, "--json") == 0  # a random router
+    found = json.loads(capsys.readouterr().out)
+    assert found["logit_gap"] < 1e-4
+    moe = found["model"]["moe"]
+    assert (moe["score"], moe["renormalise"], moe["score_scale"]) == ("sigmoid", True, float(sizes[2]))
+    assert run_tool("upcycle", dense, tmp_path / "noisy", *options, "--noise", 0.1) == 0
+    assert "logits differ from those of the source by up to" in capsys.readouterr().out
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 2  # LLaMA-MoE knows no sigmoid
+
+
+def test_a_split_with_sigmoid_weights_is_weighed_by_them(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--num-experts", 8, "--top-k", 2, "--score", "sigmoid")
+    assert run_tool("split", dense, tmp_path / "moe", *sizes, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["logit_gap"] < 1e-4  # all experts on
+    made = open_source(tmp_path / "moe")
+    x_TD = torch.randn(9, made.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = routed(x_TD, made.config, 0, made.tensors)
+    chosen_TK = found.logits_TE.sigmoid().gather(1, found.ids_TK)
+    torch.testing.assert_close(found.weights_TK, 8 / 2 * chosen_TK / chosen_TK.sum(dim=1, keepdim=True))
 
 
 def test_mollama_takes_raw_softmax_and_layers_by_start_and_step(dense: Path, tmp_path: Path) -> None:
@@ -191,6 +222,10 @@ REFUSED = {
     "a scale of nothing": (
         ["--num-experts", 4, "--top-k", 2, "--scale", "none"],
         "--scale none has no effect on --score softmax_of_chosen",
+    ),
+    "a scale of nothing, for sigmoids": (
+        ["--num-experts", 4, "--top-k", 2, "--score", "sigmoid", "--scale", "cube-root"],
+        "--scale cube-root has no effect on --score sigmoid, whose weights add up to 1",
     ),
     "no direction": (
         ["--num-experts", 4, "--top-k", 2, "--gate", "cosine", "--gate-init", "zero"],

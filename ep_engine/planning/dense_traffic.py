@@ -9,6 +9,7 @@ from collections import Counter
 from ep_engine.ledger import TIERS
 from ep_engine.planning.expert_traffic import Groups
 from ep_engine.planning.memory import Step
+from ep_engine.planning.weight_groups import frozen_of
 
 KINDS = ("gather_weights", "reduce_gradients", "tensor_parallel", "pipeline")
 _FLOAT = 4
@@ -35,7 +36,7 @@ def dense_traffic(step: Step, groups: Groups) -> dict[str, dict[str, int]]:
                 other = pipeline[step.stages.rank_of_stage[neighbour]]
                 if other != rank:
                     found["pipeline", groups.tier(rank, other)] += step.parts * step.part.hidden
-    if step.model.tie_embeddings and step.size > 1:
+    if step.model.tie_embeddings and step.size > 1 and "embed.weight" not in frozen_of(step.config, step.model):
         embedding = step.model.vocab_size * step.model.hidden_size // step.part.tp // step.dp
         to_each("reduce_gradients", "ends", embedding * _FLOAT)
     return {kind: {tier: found[kind, tier] for tier in TIERS} for kind in KINDS}
@@ -44,8 +45,10 @@ def dense_traffic(step: Step, groups: Groups) -> dict[str, dict[str, int]]:
 def _exchanges_of_sequence(step: Step) -> int:
     """How often a part's hidden states are gathered along the sequence, or summed and scattered; there and back."""
     layers = (layer for weights in step.weights.values() for layer in weights.layers)
-    ends = (0 in step.weights) + (step.stages.last in step.weights)
-    return sum(_exchanges_of_layer(step, layer) for layer in layers) + 2 * ends
+    ends = 2 * ((0 in step.weights) + (step.stages.last in step.weights))
+    if 0 in step.weights and "embed.weight" in frozen_of(step.config, step.model):
+        ends -= 1  # nothing goes back to it
+    return sum(_exchanges_of_layer(step, layer) for layer in layers) + ends
 
 
 def _exchanges_of_layer(step: Step, layer: int) -> int:

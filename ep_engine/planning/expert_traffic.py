@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ep_engine import ops
+from ep_engine.capacity import Capacity
 from ep_engine.config import RunConfig
 from ep_engine.dispatch import quantised_row
 from ep_engine.errors import UserError
@@ -182,13 +183,28 @@ def count_traffic(
         here = stages.on(groups.around(group[0], "pp").index(group[0]))
         for layer in (layer for stage in here for layer in stages.layers[stage] if model.moe_of(layer) is not None):
             n = model.moe_index(layer)
-            ids_of_rank = {rank: groups.own_tokens(config, rank, ids_LNK[n : n + 1])[0] for rank in group}
+            ids_of_rank = _served(config, groups, group, ids_LNK[n : n + 1], model.experts_of_layer()[n])
             ways = {rank: _way(config, placement, groups, axes, rank, n, found.ledgers[rank], layer) for rank in group}
             for part in range(config.train.micro_batches):
-                given = {rank: ids_of_rank[rank][part].long() for rank in group}
+                given = {rank: ids_of_rank[rank][part] for rank in group}
                 for rank, passed in _pass(config, groups, axes, ways, given, model.hidden_size).items():
                     found.passed[rank, layer, part] = passed
     return found
+
+
+def _served(
+    config: RunConfig, groups: Groups, group: list[int], ids_1NK: Tensor, num_experts: int
+) -> dict[int, Tensor]:
+    """The experts of the tokens of every rank of a group, (parts, T, K) int64, -1 of choices that a capacity drops."""
+    if config.balance.capacity_factor is None:
+        return {rank: groups.own_tokens(config, rank, ids_1NK)[0].long() for rank in group}
+    capacity, sharing = Capacity(config.balance.capacity_factor, None), groups.around(group[0], "stage")
+    own = torch.stack([groups.own_tokens(config, rank, ids_1NK)[0].long() for rank in sharing], dim=1)
+    for of_part in own:  # tokens are served rank by rank
+        ids_TK = of_part.flatten(0, 1)
+        kept_TK = capacity(ids_TK, num_experts, torch.ones(len(ids_TK), dtype=torch.bool))
+        of_part.masked_fill_(~kept_TK.view_as(of_part), -1)
+    return {rank: own[:, sharing.index(rank)] for rank in group}
 
 
 def _way(
@@ -233,7 +249,7 @@ def _pass(
     sent = dict.fromkeys(ways, 0)
     for number, axis in enumerate(axes):
         hops = {rank: way[number] for rank, (_, way) in ways.items()}
-        plans = {rank: _rows(named[rank], hop) for rank, hop in hops.items()}
+        plans = {rank: _rows(named[rank], hop, first=number == 0) for rank, hop in hops.items()}
         recv: dict[int, list[int]] = {}
         came: dict[int, list[Tensor]] = {}
         for rank, hop in hops.items():
@@ -259,7 +275,7 @@ class _Rows:
     slots_of_rank: list[Tensor]  # (S, W) of the rows to every rank, which are in use
 
 
-def _rows(ids_TK: Tensor, hop: Hop) -> _Rows:
+def _rows(ids_TK: Tensor, hop: Hop, *, first: bool) -> _Rows:
     size, own = hop.link.transport.size, hop.link.transport.rank
     slot_of_id, _ = hop.tables(ids_TK.device)
     sent = ops.plan_send(
@@ -274,6 +290,9 @@ def _rows(ids_TK: Tensor, hop: Hop) -> _Rows:
     order = [*(p for p in range(size) if p != own), own]
     runs = sent.row_slot_SW[: sum(counts)].split([counts[p] for p in order])
     slots = [runs[order.index(p)] for p in range(size)]
+    own_rows = len(ids_TK) * (ids_TK.shape[1] if hop.one_row_per_copy else 1)
+    if size == 1 and first:  # where nothing is sent, rows are not counted: those of dropped choices stay empty
+        return _Rows([own_rows], slots)
     if size == 1 or hop.fixed_rows is None:
         return _Rows(counts, slots)
     most = max(n for p, n in enumerate(counts) if p != own)
@@ -282,7 +301,6 @@ def _rows(ids_TK: Tensor, hop: Hop) -> _Rows:
             f"moe.fixed_rows ({hop.fixed_rows}) is less than the {most} rows that layer {hop.link.layer} has for a "
             "rank with this routing; raise it, or leave it out"
         )
-    own_rows = len(ids_TK) * (ids_TK.shape[1] if hop.one_row_per_copy else 1)
     return _Rows([own_rows if p == own else hop.fixed_rows for p in range(size)], slots)
 
 

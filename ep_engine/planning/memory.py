@@ -103,7 +103,7 @@ class Step:
             self.tape.hold(
                 "before the step",
                 parameters=_FLOAT * sum(group.share for group in weights.all()),
-                moments=2 * _FLOAT * sum(group.own for group in weights.all()),
+                moments=2 * _FLOAT * sum(group.trained.own for group in weights.all()),
                 pipeline=ends * self.parts * self.part.hidden,  # room for what comes, of every part
             )
         if self._transport == "cuda_ipc":  # an arena for the worst case, twice, as connect.py makes it
@@ -120,7 +120,7 @@ class Step:
                 self._forward(stage, part)
             else:
                 self._backward(kind, stage, part, last=left[stage] == 0)
-        largest = max(group.largest for weights in self.weights.values() for group in weights.all())
+        largest = max(group.trained.largest for weights in self.weights.values() for group in weights.all())
         self.tape.touch("norm of the gradients", working=_FLOAT * largest // self.dp)
         return self.tape
 
@@ -211,7 +211,8 @@ class Step:
         of_experts = of_layer[-1:] if self.model.moe_of(layer) else []
         computed = kept.gate_up if self.config.train.recompute == "selective" else 0
         for group in of_experts:
-            self.tape.touch(moment, working=computed + kept.working, gradients=self.part.itemsize * group.gathered)
+            gradients = self.part.itemsize * group.gathered if group.trained.shapes else 0  # of all, or of none
+            self.tape.touch(moment, working=computed + kept.working, gradients=gradients)
         freed = Counter(rows=kept.rows, activations=kept.gate_up)
         if self.config.train.recompute == "full":
             freed = Counter(working=kept.rows + kept.gate_up)
@@ -269,14 +270,14 @@ class Step:
 
     def _gradients(self, moment: str, group: Weights) -> None:
         """Gradients of gathered weights: in the dtype of computation, or added up in float32 over parts."""
-        size = group.gathered * group.itemsize
+        size = group.trained.gathered * group.itemsize
         if self.size == 1 and self.parts == 1 and not group.alone:
             self.tape.hold(moment, gradients=size)
         elif id(group) in self._summed:
             self.tape.touch(moment, gradients=size)
         else:
             self._summed.add(id(group))
-            self.tape.hold(moment, gradients=group.gathered * _FLOAT)
+            self.tape.hold(moment, gradients=group.trained.gathered * _FLOAT)
             self.tape.touch(moment, gradients=size if group.itemsize < _FLOAT else 0)
 
     def _reduce_now(self, moment: str, group: Weights, *, last: bool) -> None:
@@ -290,17 +291,19 @@ class Step:
         if group.alone:
             return
         self._release(group)
-        self.reductions[group.axis] += group.share * _FLOAT
-        summed = id(group) in self._summed
+        trained, summed = group.trained, id(group) in self._summed
         self._summed.discard(id(group))
+        if not trained.shapes:
+            return
+        self.reductions[group.axis] += trained.share * _FLOAT
         self._set_buffer(moment, 0)
-        self._set_buffer(moment, group.gathered * _FLOAT)
+        self._set_buffer(moment, trained.gathered * _FLOAT)
         if group.sliced:
-            self.tape.touch(moment, reduction=group.gathered * group.itemsize)
-        self.tape.hold(moment, gradients=-group.gathered * (_FLOAT if summed else group.itemsize))
-        self.tape.hold(moment, gradients=group.share * _FLOAT)
+            self.tape.touch(moment, reduction=trained.gathered * group.itemsize)
+        self.tape.hold(moment, gradients=-trained.gathered * (_FLOAT if summed else group.itemsize))
+        self.tape.hold(moment, gradients=trained.share * _FLOAT)
         if group.ranks == 1:
-            self.tape.touch(moment, reduction=group.gathered * _FLOAT)  # a division by 1
+            self.tape.touch(moment, reduction=trained.gathered * _FLOAT)  # a division by 1
 
     def _finish(self, moment: str, weights: StageWeights, *, reduce: bool) -> None:
         """The end of a backward: in a pipeline that of the stage's step."""

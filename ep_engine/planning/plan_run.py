@@ -57,6 +57,7 @@ def plan_run(
         "dtype": config.train.dtype,
         "routing": routing,
         "transport": transport,
+        "ignored": ignored(config),
         "groups": [_groups(step, groups) for step in steps],
         "memory": {"ranks": memory, "alike": _alike(memory)},
         "traffic": {
@@ -65,6 +66,18 @@ def plan_run(
             "dense_of_ranks": [dense_traffic(step, groups) for step in steps],
         },
     }
+
+
+def ignored(config: RunConfig) -> list[str]:
+    """What of a run the plan does not know, in words."""
+    found = []
+    if config.train.freeze or config.train.trainable != "all":
+        found.append("that frozen weights keep less for the backward: activations are those of training all")
+    if config.data.packing != "stream":
+        found.append(
+            f"how much of the rows is padding with data.packing {config.data.packing}: it is counted like other tokens"
+        )
+    return found
 
 
 def _experts(
@@ -133,6 +146,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{plan['ranks']} ranks, {plan['ranks_per_node']} on a node, {plan['dtype']}; experts' rows over "
         f"{plan['transport']}; routing: {plan['routing']}"
     )
+    for what in plan["ignored"]:
+        console.print(f"The plan does not know {what}.")
     console.print(_group_table(plan), _memory_table(plan), *_traffic_tables(plan))
 
 

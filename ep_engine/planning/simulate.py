@@ -38,7 +38,9 @@ _KIND_OF: dict[str, Kind] = {
 }
 # What changes a step and had its default wherever predictions were compared.
 _AT_DEFAULT = {
-    "train": {"dtype", "micro_batches", "recompute"},
+    "data": {"packing"},
+    "train": {"dtype", "micro_batches", "recompute", "trainable", "freeze"},
+    "balance": {"capacity_factor"},
     "parallel": {
         "tensor_parallel_size",
         "pipeline_parallel_size",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ep_engine.config import RunConfig
 from ep_engine.entries import expected_entries
@@ -10,8 +10,10 @@ from ep_engine.model_config import ModelConfig
 from ep_engine.parallelize import slices_experts
 from ep_engine.placement import Placement
 from ep_engine.planning.expert_traffic import Groups
+from ep_engine.training.trained import frozen_weights
 
 _FLOAT = 4
+EXPERTS = ("w_gate_up", "w_down")
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class Weights:
     itemsize: int  # of computation
     reshard: bool  # after a forward
     sliced: bool = False  # along another dim in memory than the first of `shapes`
+    frozen: tuple[int, ...] = ()  # places in `shapes` of those that have neither gradients nor moments
+
+    @property
+    def trained(self) -> "Weights":
+        """Those of them that have."""
+        shapes = (shape for place, shape in enumerate(self.shapes) if place not in self.frozen)
+        return replace(self, shapes=tuple(shapes), frozen=())
 
     @property
     def alone(self) -> bool:
@@ -65,6 +74,15 @@ class StageWeights:
         return [self.root, *(weights for of_layer in self.layers.values() for weights in of_layer)]
 
 
+def frozen_of(config: RunConfig, model: ModelConfig) -> set[str]:
+    """Weights without gradients, by the names of modules, in which the experts of a layer are two."""
+    names = [name for name in expected_entries(model) if ".experts." not in name]
+    names += [f"layers.{layer}.moe.experts.{name}" for layer in model.moe_layers() for name in EXPERTS]
+    frozen = frozen_weights(names, model, config.train.trainable, config.train.freeze)
+    moved = (".router.bias",) if config.balance.noise else (".router.bias", ".router.w_noise")  # not by gradients
+    return frozen | {name for name in names if name.endswith(moved)}
+
+
 def stage_weights(
     config: RunConfig, model: ModelConfig, placement: Placement | None, groups: Groups, rank: int, layers: range
 ) -> StageWeights:
@@ -73,11 +91,16 @@ def stage_weights(
     tp, itemsize = parallel.tensor_parallel_size, 4 if config.train.dtype == "float32" else 2
     shapes = {name: _cut(name, shape, tp) for name, shape in expected_entries(model).items() if ".experts." not in name}
 
+    frozen = frozen_of(config, model)
+
+    def places(names: Sequence[str]) -> tuple[int, ...]:
+        return tuple(place for place, name in enumerate(names) if name in frozen)
+
     def group(names: Sequence[str], axis: str, size: int = itemsize, *, reshard: bool | None = None) -> Weights:
         ranks = groups.around(rank, axis)
         given = tuple(shapes[name] for name in names)
         keep = parallel.reshard_after_forward if reshard is None else reshard
-        return Weights(given, axis, len(ranks), ranks.index(rank), size, keep)
+        return Weights(given, axis, len(ranks), ranks.index(rank), size, keep, frozen=places(names))
 
     apart = tp > 1 or itemsize < _FLOAT
     of_layer: dict[int, list[Weights]] = {}
@@ -100,7 +123,8 @@ def stage_weights(
             first, *others = (d, slots) if sliced else (slots, d)
             experts = ((first, 2 * width, *others), (first, *others, width))
             keep = parallel.reshard_after_forward
-            of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep, sliced))
+            still = places([f"layers.{i}.moe.experts.{name}" for name in EXPERTS])
+            of_layer[i].append(Weights(experts, "edp", len(edp), edp.index(rank), itemsize, keep, sliced, still))
     first, last = layers.start == 0, layers.stop == model.num_layers
     root = ["embed.weight"] if first or (last and model.tie_embeddings) else []
     root += ["head.weight"] if last and not model.tie_embeddings else []

@@ -91,6 +91,7 @@ def _training(run: dict[str, Any]) -> list[str]:
     loss = {"training": (steps, losses)}
     tokens = [line["tokens"] for line in lines if "tokens" in line]
     over_tokens = {"training": (tokens, losses)} if len(tokens) == len(losses) else {}
+    of_domains = {name: series(lines, "domains", name, "loss") for name in names_under(lines, "domains")}
     weights = {name: series(lines, "domains", name, "weight") for name in names_under(lines, "domains")}
     balance = {name: series(lines, "balance_losses", name) for name in names_under(lines, "balance_losses")}
 
@@ -101,6 +102,7 @@ def _training(run: dict[str, Any]) -> list[str]:
     return [
         drawing.chart("Loss over steps", loss, x="step", y="nats per token", marks=resumed),
         drawing.chart("Loss over tokens", over_tokens, x="tokens", y="nats per token"),
+        drawing.chart("Training loss of domains", of_domains, x="step", y="nats per token", marks=resumed),
         drawing.chart("Held-out loss", _heldout(run), x="step", y="nats per token", marks=resumed),
         drawing.chart("Weights of domains", weights, x="step", y="share of rows", marks=resumed),
         drawing.chart("Balance losses", balance, x="step", y="before their coefficients", marks=resumed),

@@ -38,14 +38,21 @@ class Feed:
 
     def part(self, number: int, step: int) -> Batch:
         """Of one part."""
+        try:
+            return self.blend.read(self._rows_of_part(number)).to(self._device)
+        except UserError as error:  # text that only this rank has read: not said before the start, nor by all
+            raise Fault(f"step {step + 1} on rank {dist.get_rank(self._meshes.world)}: {error}") from None
+
+    def domains(self) -> list[int]:
+        """The domain, by its place in `blend.names`, of every row of `parts`, part after part."""
+        return [domain for i in range(self._config.train.micro_batches) for domain, _ in self._rows_of_part(i)]
+
+    def _rows_of_part(self, number: int) -> list[tuple[int, int]]:
         dp = self._meshes.dense["dp"]
         rows = self.blend.ahead(self._config.data.batch_size)
         of_part = len(rows) // self._config.train.micro_batches
         mine = rows_of_rank(of_part, dp.get_local_rank(), dp.size())
-        try:
-            return self.blend.read([rows[number * of_part + i] for i in mine]).to(self._device)
-        except UserError as error:  # text that only this rank has read: not said before the start, nor by all
-            raise Fault(f"step {step + 1} on rank {dist.get_rank(self._meshes.world)}: {error}") from None
+        return [rows[number * of_part + i] for i in mine]
 
     def numbers(self, parts: Sequence[Batch], step: int) -> list[Tensor]:
         """(B, S) int64 for each part: the numbers in the run of its tokens, -1 of padding."""

@@ -26,11 +26,11 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ep_engine import checkpoint, debug, job, run_folder, stopwatch
 from ep_engine.c2r.placement_watch import PlacementWatch, stored_profile
 from ep_engine.config import RunConfig, to_toml
-from ep_engine.entropy import entropy_sum
 from ep_engine.errors import Fault, UserError
 from ep_engine.initial import initialise
 from ep_engine.mesh import Meshes, World, process_groups
@@ -42,6 +42,7 @@ from ep_engine.pipeline import Pipeline
 from ep_engine.resolve import Run
 from ep_engine.training.agreement import check_agreement
 from ep_engine.training.balancing import balance, move_biases, needs_numbers
+from ep_engine.training.domain_losses import DomainLosses
 from ep_engine.training.feed import Feed
 from ep_engine.training.guard import GO_BACK, Guard
 from ep_engine.training.heldout import HeldOut
@@ -159,6 +160,7 @@ class Trainer:
             num_rows=data.batch_size,
             counts_pairs=self.config.output.watch,
         )
+        self.domain_losses = DomainLosses(len(self.feed.blend.names), device, self.group, self.tp_size)
         for stage in self.stages:
             stage.recompute(train.recompute)
             stage.watch = self.watch
@@ -172,7 +174,7 @@ class Trainer:
             dtype=dtype,
             separate_documents=data.keeps_documents_apart,
             # Sums divided by the targets of all ranks: the gradients of all ranks then only have to be added.
-            loss=lambda logits, targets: entropy_sum(logits, targets, masked=self.feed.blend.masked) / self.targets,
+            loss=self._loss,
         )
         dp = self.dp_rank, self.dp_size
         self.heldout = HeldOut(run, self.pipeline, self.group, dp, self.tp_size)
@@ -193,6 +195,9 @@ class Trainer:
             keep=self.config.output.keep_checkpoints,
             background=self.config.output.async_save,
         )
+
+    def _loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        return self.domain_losses.entropy_sum(logits_BSV, targets_BS, masked=self.feed.blend.masked) / self.targets
 
     def _load(self) -> int:
         """Fill the weights, and the moments of a resumed run; returns the step to go on from."""
@@ -288,6 +293,7 @@ class Trainer:
         tighten_steps = self.config.routing.tighten_steps
         self._tighten(self.step / tighten_steps if tighten_steps else 1.0)
         self.watch.begin_step()
+        self.domain_losses.begin_step()
         parts = self.feed.parts(self.step)
         self.targets = self.feed.count_targets(parts)
         share = self.pipeline.train(parts, self.feed.numbers(parts, self.step) if self.numbered else None)
@@ -310,6 +316,7 @@ class Trainer:
     def _update(self, norm: float) -> None:
         train, bias_rate = self.config.train, self.config.balance.bias_rate
         self.guard.counted()
+        self.domain_losses.count(self.feed.domains())
         clip_gradients(self.stages, norm, train.clip_grad_norm)
         set_learning_rate(self.optimizer, learning_rate(train, self.step, self.tokens_per_step))
         self.optimizer.step()
@@ -333,6 +340,7 @@ class Trainer:
         if not self.guard.may_go_back():
             self._give_up(f"the loss is {loss}, a spike again after going back {GO_BACK} times")
         at = self.step
+        self.domain_losses.forget()
         self.step = self._load_from(kept, moments=True)
         if self.metrics is not None:
             self.metrics.forget_after(self.step)
@@ -364,8 +372,9 @@ class Trainer:
         }
         line |= self._utilisation(line["tokens_per_second"] / self.num_ranks)
         self.speeds.append(line["tokens_per_second"])
-        if len(self.feed.blend.names) > 1:
-            line["domains"] = self.feed.blend.by_domain()
+        if of_domains := self.domain_losses.taken():
+            told = zip(self.feed.blend.by_domain().items(), of_domains, strict=True)
+            line["domains"] = {name: domain | {"loss": loss} for (name, domain), loss in told}
         if self.heldout.last:
             line["heldout"] = self.heldout.last
         if self.stopwatch is not None:
