@@ -120,7 +120,7 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
             num_experts=options.num_experts,
             top_k=options.top_k,
             expert_hidden_size=width // e,
-            gate=options.gate,  # type: ignore[arg-type]  # pydantic checks it
+            gate=options.gate,  # pydantic checks it
             gate_noise=options.gate_noise,
             score_scale=options.num_experts / max(options.top_k, 1)
             if options.score_scale is None

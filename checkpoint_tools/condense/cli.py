@@ -171,15 +171,15 @@ def apply_command(
 
     check_output_folder(out, overwrite=overwrite)
     options = ApplyOptions(layers, experts, instead, keep_scales)
-    need = sizes_of(source, options, order)
+    need, told = sizes_of(source, options, order), dict[str, Any]()
     if not dry_run:
         if order is None:
             raise UserError("--order is missing, the file that says which layers are condensed first; give it")
-        conversion = prepare(source, out, options, order, (weights, lists))
-        gap = conversion.run(How(overwrite, resume))
+        gap = prepare(source, out, options, order, (weights, lists)).run(How(overwrite, resume))
         assert gap is not None, "it was asked for"
+        told = {"written": str(out), "logit_gap": gap.max_abs_diff}
     if as_json:
-        print_json(need.to_json() | ({} if dry_run else {"written": str(out), "logit_gap": gap.max_abs_diff}))
+        print_json(need.to_json() | told)
     else:
         typer.echo(
             f"{out} {'would have' if dry_run else 'has'} {need.parameters:,} parameters, {need.memory_ratio:.1%} of "
