@@ -58,8 +58,8 @@ def balanced_kmeans(x_ND: Tensor, num_clusters: int, *, metric: Metric = "l2", s
     balanced = Balanced(len(x_ND), num_clusters)
     steps, move = 0, math.inf
     while move > smallest_move and steps < _MAX_STEPS:
-        label_N = torch.from_numpy(balanced.assign(_distances(x_ND, squares_N1, centre_ED).numpy()))
-        moved_ED = _centres(x_ND, label_N, num_clusters, metric)
+        label_N = balanced.assign(_distances(x_ND, squares_N1, centre_ED).numpy())
+        moved_ED = _centres(x_ND, torch.from_numpy(label_N), num_clusters, metric)
         move = float((moved_ED - centre_ED).square().sum())
         centre_ED = moved_ED
         steps += 1

@@ -8,6 +8,7 @@ import typer
 from checkpoint_tools.condense.cli import condense_app
 from checkpoint_tools.conversion import Conversion, How
 from ep_engine.command_line import print_json
+from ep_engine.command_options import Corpus, Json, Overwrite, Resume, Timeout
 from ep_engine.errors import UserError
 from ep_engine.output import check_output_file, check_output_folder
 
@@ -16,13 +17,10 @@ app.add_typer(condense_app, name="condense")
 
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint")]
 Out = Annotated[Path, typer.Argument(help="folder to write")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with what an interrupted run left")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="write nothing; say what it would need")]
 Check = Annotated[
     bool, typer.Option("--check-logits/--no-check-logits", help="run source and output, which costs a second reading")
 ]
-Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 Method = Literal["random", "clustering", "coactivation", "gradient", "published"]
 Kernel = Literal["plain", "l1_norm", "l2_norm"]
 Metric = Literal["l2", "cos"]
@@ -144,39 +142,12 @@ def split_command(
     from checkpoint_tools import split
     from checkpoint_tools.partition import PartitionOptions
 
-    given = {
-        "metric": metric != "l2",
-        "on": on != "up_proj",
-        "files": files,
-        "importance": importance,
-        "assignment": assignment != "optimal",
-        "corpus": corpus,
-        "max-tokens": max_tokens != 16384,
-        "sequence-length": sequence_length != 512,
-        "kernel": kernel != "l1_norm",
-        "threshold": threshold != 1.0,
-        "reference-compat": reference_compat,
-    }
-    read = {
-        "random": (),
-        "clustering": ("metric", "on", "reference-compat"),
-        "coactivation": ("on", "corpus", "max-tokens", "sequence-length", "kernel", "threshold"),
-        "gradient": ("on", "importance", "assignment", "reference-compat"),
-        "published": ("on", "files"),
-    }[method]
-    for name in (name for name, value in given.items() if value and name not in read):
-        raise UserError(f"--{name} has no effect on --method {method}; leave it out")
-    if method == "gradient" and importance is None:
-        raise UserError("--method gradient needs --importance, the folder of scores; give it")
-    if method == "published" and files is None:
-        raise UserError("--method published needs --files, the folder of split files; give it")
-    if method == "coactivation" and not corpus:
-        raise UserError("--method coactivation needs --corpus, the text that neurons are watched on; give it")
+    texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
+    partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
+    partition.check()
     if method == "coactivation" and dry_run:
         raise UserError("--dry-run cannot foretell --method coactivation, which first reads the text; leave one out")
     check_output_folder(out, overwrite=overwrite)
-    texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
-    partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
     options = split.SplitOptions(
         num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init, score, gate_noise
     )
@@ -221,7 +192,7 @@ def importance_command(
     sequence_length: Annotated[int, typer.Option(min=2, help="tokens of a row")] = 2048,
     max_tokens: Annotated[int, typer.Option(min=1, help="of a cluster")] = 131072,
     dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of computation")] = "float32",
-    timeout_s: Annotated[float, typer.Option(min=1, help="after which a silent rank is given up")] = 300.0,
+    timeout_s: Timeout = 300.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -339,7 +310,7 @@ def describe_split_command(
 def calibrate_command(
     folder: Annotated[Path, typer.Argument(help="engine checkpoint of a split model, whose model.json is changed")],
     dense: Annotated[Path, typer.Argument(help="what it was split from")],
-    corpus: Annotated[list[Path], typer.Option(help=".jsonl and .txt files, or folders of them")],
+    corpus: Corpus,
     max_tokens: Annotated[int, typer.Option(min=1, help="of the corpus")] = 4096,
     sequence_length: Annotated[int, typer.Option(min=1, help="tokens of a row")] = 512,
     as_json: Json = False,

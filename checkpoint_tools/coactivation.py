@@ -156,7 +156,7 @@ def _threshold(sum_NN: NDArray[np.float32]) -> float:
     sorted_there = np.partition(flat, ranks)
     for place in places:
         low, high = (float(sorted_there[int(rank)]) for rank in (np.floor(place), np.ceil(place)))
-        value = low + (high - low) * (place - np.floor(place))
+        value = low + (high - low) * float(place - np.floor(place))
         if value != 0:
             return _LOWER * value
     return 0.0

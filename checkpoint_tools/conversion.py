@@ -132,7 +132,7 @@ class Conversion:
             begin = time.perf_counter()
             with (Path(beside) / "sample").open("wb") as file:
                 for name in sample:
-                    file.write(memoryview(tensors[name].contiguous().view(-1).view(torch.uint8).numpy()))
+                    file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
                 os.fsync(file.fileno())
             seconds = time.perf_counter() - begin
             draft.close()
@@ -147,8 +147,10 @@ class Conversion:
     def _compared(self, draft: Draft) -> LogitGap:
         made = open_source(draft.folder)
         tokens = random_tokens(self.source.config, made.config, seed=0)
-        runs = [outputs(one.config, one.tensors, tokens, all_experts=self.all_experts) for one in (self.source, made)]
-        gap = compare_outputs(*runs, TOLERANCE if self.compare is None else self.compare)
+        before, after = (
+            outputs(one.config, one.tensors, tokens, all_experts=self.all_experts) for one in (self.source, made)
+        )
+        gap = compare_outputs(before, after, TOLERANCE if self.compare is None else self.compare)
         if self.compare is not None and gap.first_difference is not None:
             raise Fault(
                 f"the output does not compute what {self.source.folder} computes: outputs first differ at "

@@ -39,7 +39,7 @@ def write_weights(
         write_json(
             draft.folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    done, sums = 0, {}
+    done, sums = 0, dict[str, int]()
     for name, keys in zip(names, shards, strict=True):
         if name not in draft.done:
             draft.note(name, _write_shard(draft.folder / name, tensors, keys, done, advance))
@@ -63,7 +63,7 @@ def _write_shard(
     with path.open("wb") as file:
         file.write(len(header.encode()).to_bytes(8, "little") + header.encode())
         for key, made in made_ahead(tensors, keys):
-            file.write(memoryview(made.tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(made.tensor.view(-1).view(torch.uint8).numpy().data)
             sums[key] = made.checksum
             done += made.tensor.nbytes
             advance(done)

@@ -8,7 +8,7 @@ Shapes: N neurons, D model dim, E experts, F = N / E.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from checkpoint_tools.importance import Importance
 from checkpoint_tools.kernels import Kernel
 from checkpoint_tools.source import Source
 from checkpoint_tools.split_files import covers_once, file_of, read_split_file
+from ep_engine.errors import UserError
 
 Method = Literal["random", "clustering", "coactivation", "gradient", "published"]
 Projection = Literal["up_proj", "gate_proj"]
@@ -35,6 +36,21 @@ Assignment = Literal["optimal", "greedy", "shared"]
 _WAYS = {"greedy": greedy, "shared": shared}
 _PART_TOKENS = 4096  # counted, and clipped, together
 _PARTITION = 0  # a stream of random numbers of its own: the gate does not depend on it
+
+
+# Options that a method reads, and one without which there is nothing to read.
+_READ: dict[Method, tuple[str, ...]] = {
+    "random": (),
+    "clustering": ("metric", "on", "reference_compat"),
+    "coactivation": ("on", "corpus", "max_tokens", "sequence_length", "kernel", "most"),
+    "gradient": ("on", "importance", "assignment", "reference_compat"),
+    "published": ("on", "files"),
+}
+_NEEDED: dict[Method, dict[str, str]] = {
+    "gradient": {"importance": "the folder of scores"},
+    "published": {"files": "the folder of split files"},
+    "coactivation": {"corpus": "the text that neurons are watched on"},
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,20 @@ class PartitionOptions:
     kernel: Kernel = "l1_norm"  # what a feature counts
     most: float = 1.0  # to which a pair's count in one part of the text is clipped
     reference_compat: bool = False  # as the published code: clusters ordered as text, and l2 whatever the metric says
+
+    def check(self) -> None:
+        """Refuse what the method does not read, by its name on the command line, and a method without what it needs.
+
+        Raises:
+            UserError: naming the option.
+        """
+        for option in fields(self)[1:]:
+            if getattr(self, option.name) != option.default and option.name not in _READ[self.method]:
+                name = "threshold" if option.name == "most" else option.name.replace("_", "-")
+                raise UserError(f"--{name} has no effect on --method {self.method}; leave it out")
+        for needed, what in _NEEDED.get(self.method, {}).items():
+            if not getattr(self, needed):
+                raise UserError(f"--method {self.method} needs --{needed}, {what}; give it")
 
     def about(self) -> dict[str, Any]:
         """The options that the method reads, for split.json."""

@@ -121,7 +121,7 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
             num_experts=options.num_experts,
             top_k=options.top_k,
             expert_hidden_size=width // e,
-            gate=options.gate,  # type: ignore[arg-type]  # pydantic checks it
+            gate=options.gate,  # pydantic checks it
             gate_noise=options.gate_noise,
             score=options.score,
             renormalise=options.score == "sigmoid",

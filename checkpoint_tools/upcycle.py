@@ -150,7 +150,7 @@ def _factor(options: UpcycleOptions, name: str, num_experts: int) -> float:
         return 1.0
     whole = num_experts * options.granularity / options.top_k
     if options.scale == "cube-root":
-        return whole ** (1 / 3)
+        return float(whole ** (1 / 3))
     return whole if name == "w_down" else 1.0
 
 

@@ -109,8 +109,8 @@ def verify(
     if a.config.vocab_size != b.config.vocab_size:
         return Verification(False, tolerance, config=config, missing=missing, extra=extra, different=different)
     tokens = random_tokens(a.config, b.config, seed)
-    outputs = [_outputs(source, tokens, all_experts=all_experts) for source in (a, b)]
-    gap = compare_outputs(*outputs, tolerance)
+    ours, theirs = (_outputs(source, tokens, all_experts=all_experts) for source in (a, b))
+    gap = compare_outputs(ours, theirs, tolerance)
     same = gap.first_difference is None and entries_same and not config
     return Verification(
         same, tolerance, gap.max_abs_diff, gap.logit_scale, gap.first_difference, config, missing, extra, different

@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ep_engine.command_line import exit_with_sentence, print_json
+from ep_engine.command_options import Json, Overwrite, Timeout
 from ep_engine.data.conversations import Format
 from ep_engine.inference.model_commands import evaluate_command, generate_command
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output")]
 Objective = Literal["pairs", "distinct-devices"]
-Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
 @app.command("quickstart")
@@ -201,7 +200,7 @@ def profile_command(
     scores: Annotated[bool, typer.Option("--scores", help="and their logits, to try other rules on the trace")] = False,
     picture: Annotated[Path | None, typer.Option(help="also draw them, as .png, .svg or .pdf")] = None,
     top_k: Annotated[int | None, typer.Option(help="experts per token, for published counts")] = None,
-    timeout_s: Annotated[float, typer.Option(min=1, help="after which a silent rank is given up")] = 300.0,
+    timeout_s: Timeout = 300.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -11,24 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_engine.data.corpus import train_tokenizer
 from tests.family_cases import DEEPSEEK, plain_folder, plain_model, transformers_model
-from tests.texts import VOCABULARY, WORDS, write_documents
+from tests.texts import VOCABULARY, add_tokenizer, write_documents
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "cd_moe"
 KINDS = ("deepseek", "qwen")
 LENGTH = 16
 
 
-def condensable(folder: Path, kind: str, *, seed: int = 0, **more: Any) -> Path:
-    """A random model of a kind in `folder / model`, its tokenizer beside the weights; 3 MoE layers."""
+def condensable(folder: Path, kind: str, *, seed: int = 0, moe_layers: int = 3, **more: Any) -> Path:
+    """A random model of a kind in `folder / model`, its tokenizer beside the weights."""
     from safetensors.torch import save_file
 
     at = folder / "model"
     if kind == "deepseek":
-        plain_folder(at, {**DEEPSEEK, "vocab_size": VOCABULARY, "num_hidden_layers": 4, **more})
+        plain_folder(at, {**DEEPSEEK, "vocab_size": VOCABULARY, "num_hidden_layers": 1 + moe_layers, **more})
     else:
-        transformers_model("qwen2_moe", vocab_size=VOCABULARY, num_hidden_layers=3, **more).save_pretrained(at)
+        transformers_model("qwen2_moe", vocab_size=VOCABULARY, num_hidden_layers=moe_layers).save_pretrained(at)
     if seed:
         model = plain_forward(at, torch.float32)
         generator = torch.Generator().manual_seed(seed)
@@ -40,9 +39,7 @@ def condensable(folder: Path, kind: str, *, seed: int = 0, **more: Any) -> Path:
             save_file(state, at / "model.safetensors", metadata={"format": "pt"})
         else:
             model.save_pretrained(at)
-    train_tokenizer([*WORDS] * 3, VOCABULARY, folder / "tokenizer")
-    for file in (folder / "tokenizer").iterdir():
-        (at / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(at)
     return at
 
 

@@ -33,7 +33,7 @@ LAYERS = (  # a folder, "" for ep_engine itself, and files of it; a folder may c
     ("inference", "loaded_model generate perplexity task_suites lm_eval_model scores"),
     ("c2r", "collaboration_report profile"),
     ("reports", "report run_numbers drawing run_report"),
-    ("", "command_line quickstart"),
+    ("", "command_line command_options quickstart"),
     ("inference", "model_commands"),
     ("", "cli"),
 )

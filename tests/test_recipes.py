@@ -17,6 +17,8 @@ PUBLISHED = {
     "mollama_pt": (8, 4096, 1, 1, 5e-5, 0, 0.0, 42, 45),
     "mollama_sft": (8, 4096, 1, 1, 5e-5, 0, 0.0, 42, 6500),
     "llama_moe_cpt": (112, 4096, 8, 4, 2e-4, 100, 0.1, 1227, 13623),
+    "cd_moe_lm": (1, 256, 8, 1, 1e-5, 250, 0.01, 0, 1250),
+    "cd_moe_sft": (1, 256, 8, 1, 1e-5, 125, 0.01, 0, 1250),
 }
 
 
@@ -39,6 +41,14 @@ def test_recipes_say_what_was_published(name: str) -> None:
     )
     assert (train.learning_rate, train.warmup_steps, train.weight_decay, train.seed) == (rate, warmup, decay, seed)
     assert (train.steps, train.dtype) == (steps, "bfloat16")
+
+
+def test_phases_of_a_condensed_model_follow_each_other_and_train_the_same() -> None:
+    first, second = (load_config(path) for path in CONFIGS if path.stem in ("cd_moe_lm", "cd_moe_sft"))
+    assert second.model.checkpoint == first.output.folder / f"checkpoints/step_{first.train.steps:06d}"
+    assert second.train.trainable == "condensed-experts"
+    assert second.train == first.train.model_copy(update={"warmup_steps": second.train.steps // 10})
+    assert (second.balance, second.data.packing) == (first.balance, "padded")
 
 
 def test_continued_pretraining_takes_the_weights_of_sheared_llama() -> None:

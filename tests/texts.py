@@ -2,6 +2,8 @@
 
 import json
 import random
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from ep_engine.data.corpus import train_tokenizer
@@ -27,10 +29,21 @@ def write_documents(folder: Path, count: int = 80) -> Path:
     return folder
 
 
+def add_tokenizer(model: Path) -> None:
+    """Put a tokenizer of these words into a model's folder."""
+    for name, content in _tokenizer_files().items():
+        (model / name).write_bytes(content)
+
+
+@cache
+def _tokenizer_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer([*WORDS] * 3, VOCABULARY, Path(folder))
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
 def text_model(folder: Path) -> Path:
     """A dense model and its tokenizer in one folder."""
     source = dense_folder(folder / "model", vocab_size=VOCABULARY)
-    train_tokenizer([*WORDS] * 3, VOCABULARY, folder / "tokenizer")
-    for file in (folder / "tokenizer").iterdir():
-        (source / file.name).write_bytes(file.read_bytes())
+    add_tokenizer(source)
     return source

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ep_engine.command_line import print_json
+from ep_engine.command_options import Corpus, Json, Overwrite, Resume, Timeout
 from ep_engine.errors import UserError
 from ep_engine.output import check_output_file, check_output_folder
 
 condense_app = typer.Typer(help="Turn layers with experts into small dense ones (CD-MoE), step by step.")
 
 Folder = Annotated[Path, typer.Argument(help="Hugging Face folder or engine checkpoint with experts")]
-Corpus = Annotated[list[Path], typer.Option(help=".jsonl and .txt files, or folders of them")]
 OutFile = Annotated[Path, typer.Option(help="file to write")]
 MaxTexts = Annotated[int | None, typer.Option(min=1, help="documents of the corpus that are read [all]")]
 MaxLength = Annotated[int, typer.Option(min=1, help="tokens of a text, longer ones are cut")]
@@ -25,10 +25,6 @@ InsteadOption = Annotated[
     Literal["condensed", "layer-drop", "block-drop"],
     typer.Option(help="what becomes of a layer; to compare with: no FFN, or no layer at all"),
 ]
-Timeout = Annotated[float, typer.Option(min=1, help="seconds after which a silent rank is given up")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with what an interrupted run left")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace the output")]
-Json = Annotated[bool, typer.Option("--json", help="report as JSON on stdout")]
 
 
 @condense_app.command("weights")
@@ -161,7 +157,7 @@ def apply_command(
     keep_scales: Annotated[
         bool, typer.Option("--keep-scales", help="weights of experts stay apart from the last matrix, to fine-tune")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")] = False,
+    overwrite: Overwrite = False,
     resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="write nothing; say how large it would be, from the configuration alone")
@@ -175,15 +171,15 @@ def apply_command(
 
     check_output_folder(out, overwrite=overwrite)
     options = ApplyOptions(layers, experts, instead, keep_scales)
-    need = sizes_of(source, options, order)
+    need, told = sizes_of(source, options, order), dict[str, Any]()
     if not dry_run:
         if order is None:
             raise UserError("--order is missing, the file that says which layers are condensed first; give it")
-        conversion = prepare(source, out, options, order, (weights, lists))
-        gap = conversion.run(How(overwrite, resume))
+        gap = prepare(source, out, options, order, (weights, lists)).run(How(overwrite, resume))
         assert gap is not None, "it was asked for"
+        told = {"written": str(out), "logit_gap": gap.max_abs_diff}
     if as_json:
-        print_json(need.to_json() | ({} if dry_run else {"written": str(out), "logit_gap": gap.max_abs_diff}))
+        print_json(need.to_json() | told)
     else:
         typer.echo(
             f"{out} {'would have' if dry_run else 'has'} {need.parameters:,} parameters, {need.memory_ratio:.1%} of "
@@ -201,7 +197,7 @@ def merge_command(
     order: Annotated[Path | None, typer.Option(help="as `condense layers` writes it")] = None,
     max_length: MaxLength = 256,
     max_texts: MaxTexts = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a non-empty output folder")] = False,
+    overwrite: Overwrite = False,
     resume: Resume = False,
     as_json: Json = False,
 ) -> None:

@@ -121,7 +121,7 @@ class Family:
                 raise UserError(
                     f"{where}: {key} is {value!r}, the engine computes only {only!r}; it cannot read this model"
                 )
-        values = read_fields(config, self.fields, where) | self.always | {"family": self.name}
+        values = read_fields(config, self.fields, where) | dict(self.always) | {"family": self.name}
         if values["num_layers"] > MAX_LAYERS:
             raise UserError(f"{where} speaks of {values['num_layers']} layers, more than {MAX_LAYERS}; correct it")
         values["num_kv_heads"] = values["num_kv_heads"] or values["num_heads"]

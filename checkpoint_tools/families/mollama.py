@@ -67,7 +67,7 @@ def _read(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     moe = MoEConfig(
         **read_fields(config, _FIELDS, WHERE),
         expert_hidden_size=model.intermediate_size,
-        gate=_GATES[gate],  # type: ignore[arg-type]
+        gate=_GATES[gate],
         gate_hidden_size=inside,
         score="softmax",
         routing=read_routing(config),

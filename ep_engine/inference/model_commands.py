@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ep_engine.command_line import print_json
+from ep_engine.command_options import Json, Timeout
 
 RuleOption = Annotated[str | None, typer.Option(help="topk, c2r:T, c2r_grouped:T:M, group_limited:GROUPS:M [its own]")]
 ProfileOption = Annotated[Path | None, typer.Option(help="of the lists of C2R")]
 PlacementOption = Annotated[Path | None, typer.Option(help="of the experts, and for the M of c2r_grouped")]
-TimeoutOption = Annotated[float, typer.Option(min=1, help="seconds after which a silent rank is given up")]
 
 
 def generate_command(
@@ -27,8 +27,8 @@ def generate_command(
     rule: RuleOption = None,
     profile: ProfileOption = None,
     placement: PlacementOption = None,
-    timeout_s: TimeoutOption = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="report as JSON on stdout")] = False,
+    timeout_s: Timeout = 300.0,
+    as_json: Json = False,
 ) -> None:
     """Continue texts; under torchrun on as many ranks as it starts."""
     from ep_engine.inference.generate import (
@@ -91,8 +91,8 @@ def evaluate_command(
     rule: RuleOption = None,
     profile: ProfileOption = None,
     placement: PlacementOption = None,
-    timeout_s: TimeoutOption = 300.0,
-    as_json: Annotated[bool, typer.Option("--json", help="report as JSON on stdout")] = False,
+    timeout_s: Timeout = 300.0,
+    as_json: Json = False,
 ) -> None:
     """Score a model on tasks and on held-out tokens; checkpoints under torchrun on as many ranks as it starts."""
     from rich.console import Console
