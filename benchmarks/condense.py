@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from benchmarks.condense_curve import RANKS, Made, arms_of, measure, sizes, speeds, tune
 from benchmarks.condense_plot import ORIGINAL, draw, show
-from benchmarks.condense_search import on_all_cores
+from benchmarks.condense_search import compare_searches
 from benchmarks.ranks import on_ranks
 from benchmarks.study_report import is_done
 from benchmarks.timing import write_results
@@ -51,7 +51,7 @@ from ep_engine.whole_model import write_model
 
 SHARED = 2  # experts, in one matrix of their widths together
 TUNINGS = {"all": "all", "condensed": "condensed-experts"}  # and train.trainable
-_PIECE = 4000  # characters from the middle of a file, enough for a row of tokens
+_PIECE = 1000  # characters of a text to search on, enough for a row of tokens
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class CondenseSizes:
     tune_learning_rate: float = 5e-4
     heldout_batches: int = 8
     condensed: tuple[int, ...] = (2, 4, 6, 7)  # layers
-    compared: tuple[int, int] = (4, 64)  # texts and tokens of each on which the searches are compared
+    search_texts: int = 48  # at most
+    compared: tuple[int, int] = (2, 64)  # texts and tokens of each on which the searches are compared
     rounds: int = 10  # of forwards that are timed
     files: int | None = None  # of the corpus, on each side; None: all
 
@@ -169,8 +170,10 @@ class Condensing:
         tokens = {
             name: encode_files(parts[name], text / "tokenizer", text / name).num_tokens for name in ("train", "heldout")
         }
-        long = [source for source in texts["search"] if len(source) >= _PIECE]
-        pieces = [source[(len(source) - _PIECE) // 2 :][:_PIECE] for source in long]
+        # From within files, for they begin alike; first one piece of each, then another.
+        starts = [(source, len(source) * third // 3) for third in (1, 2) for source in texts["search"]]
+        pieces = [source[at : at + _PIECE] for source, at in starts if at + _PIECE <= len(source)]
+        pieces = pieces[: self.sizes.search_texts]
         (text / "search.jsonl").write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
         self.progress.done(f"text: {tokens['train']:,} tokens to train on, {len(pieces)} texts to search on")
         return {"files": {name: len(files) for name, files in parts.items()}, "tokens": tokens, "texts": len(pieces)}
@@ -214,7 +217,7 @@ class Condensing:
 
     def _search(self, made: Made) -> dict[str, Any]:
         asked = made.base, made.corpus, made.weights(), self.sizes.top_k, self.sizes.compared
-        found = on_ranks(on_all_cores, *asked, world_size=1)
+        found = on_ranks(compare_searches, *asked, world_size=1)
         seconds, brute = (found["experts"][name] for name in ("seconds", "seconds_of_brute_force"))
         self.progress.done(f"experts searched in {seconds:.1f} s, by brute force in {brute:.1f} s")
         return found

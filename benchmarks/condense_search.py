@@ -4,7 +4,6 @@ Both choose by the same function of hidden states; tests compare it with another
 counted by a hook on the model. The published search of layers is not run: its forwards are counted on paper.
 """
 
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -78,16 +77,10 @@ class BruteForce:
         return forward
 
 
-def on_all_cores(_rank: int, *asked: Any) -> dict[str, Any]:
-    """`compare_searches` in a process of its own, whose peak memory is asked for."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    return compare_searches(*asked)
-
-
 def compare_searches(
-    folder: Path, corpus: Path, weights_file: Path, experts: int, texts: tuple[int, int]
+    _rank: int, folder: Path, corpus: Path, weights_file: Path, experts: int, texts: tuple[int, int]
 ) -> dict[str, Any]:
-    """Both searches for experts, and ours for layers.
+    """Both searches for experts, and ours for layers, on one thread; in a process of its own for the peak memory.
 
     Args:
         folder: checkpoint.

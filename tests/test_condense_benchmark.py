@@ -54,7 +54,7 @@ def test_parameters_are_those_of_the_publication(made: Made) -> None:
 
 
 def test_both_searches_choose_the_same(made: Made) -> None:
-    found = compare_searches(made.base, made.corpus, made.weights(), 2, (2, 16))
+    found = compare_searches(0, made.base, made.corpus, made.weights(), 2, (2, 16))
     assert found["experts"]["same_choices"]
     assert found["experts"]["distances_apart"] < 1e-3  # of float32, in which what is subtracted is nearly equal
     assert found["experts"]["layers_with_same_choices"] == TINY.num_layers
