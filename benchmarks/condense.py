@@ -68,13 +68,13 @@ class CondenseSizes:
     merged: int = 8  # experts that a merged layer is left with
     sequence_length: int = 128
     batch_size: int = 16
-    steps: int = 500
-    tune_steps: int = 40
+    steps: int = 600
+    tune_steps: int = 30
     learning_rate: float = 2e-3
-    tune_learning_rate: float = 5e-4
+    tune_learning_rate: float = 2e-4
     heldout_batches: int = 8
     condensed: tuple[int, ...] = (2, 4, 6, 7)  # layers
-    search_texts: int = 48  # at most
+    search_texts: int = 32  # at most
     compared: tuple[int, int] = (2, 64)  # texts and tokens of each on which the searches are compared
     rounds: int = 10  # of forwards that are timed
     files: int | None = None  # of the corpus, on each side; None: all
@@ -184,14 +184,16 @@ class Condensing:
         if not is_done(folder, self.sizes.steps):
             shutil.rmtree(new, ignore_errors=True)
             write_new(new, model_config(self.sizes))
-            on_ranks(_train, self._config(folder, new, self.sizes.steps, self.sizes.learning_rate), world_size=RANKS)
+            on_ranks(_train, self._config(folder, new, self.sizes.steps, self.sizes.learning_rate, 0), world_size=RANKS)
             loss = json.loads((folder / "summary.json").read_text())["heldout_loss"]
             self.progress.done(f"trained {self.sizes.steps} steps: held-out loss {loss:.4f}")
         checkpoint = newest(folder)
         assert checkpoint is not None, "a run that ends well has written one"
         return checkpoint
 
-    def _config(self, folder: Path, checkpoint: Path, steps: int, rate: float, trainable: str = "all") -> RunConfig:
+    def _config(
+        self, folder: Path, checkpoint: Path, steps: int, rate: float, seed: int, trainable: str = "all"
+    ) -> RunConfig:
         s, text = self.sizes, self.out / "text"
         raw: dict[str, dict[str, Any]] = {
             "model": {"checkpoint": str(checkpoint)},
@@ -205,7 +207,7 @@ class Condensing:
             },
             "train": {
                 "steps": steps,
-                "seed": 0 if rate == s.learning_rate else 1,  # other batches first
+                "seed": seed,
                 "learning_rate": rate,
                 "warmup_steps": steps // 10,
                 "trainable": trainable,
@@ -249,7 +251,7 @@ class Condensing:
     def _tune(self, tuned: dict[str, tuple[Path, str]]) -> None:
         s = self.sizes
         configs = [
-            self._config(self._run(name), model, s.tune_steps, s.tune_learning_rate, trainable)
+            self._config(self._run(name), model, s.tune_steps, s.tune_learning_rate, 1, trainable)
             for name, (model, trainable) in tuned.items()
             if not is_done(self._run(name), s.tune_steps)
         ]
