@@ -74,7 +74,7 @@ class CondenseSizes:
     tune_learning_rate: float = 2e-4
     heldout_batches: int = 8
     condensed: tuple[int, ...] = (2, 4, 6, 7)  # layers
-    search_texts: int = 32  # at most
+    search_texts: int = 32  # for searches; weights are counted on all, so that every expert has one
     compared: tuple[int, int] = (2, 64)  # texts and tokens of each on which the searches are compared
     rounds: int = 10  # of forwards that are timed
     files: int | None = None  # of the corpus, on each side; None: all
@@ -118,7 +118,8 @@ class Condensing:
         self._claim()
         text = self._once("text/text.json", self._text)
         base = self._base()
-        made = Made(self.out / "models", base, self.out / "text/search.jsonl", self.sizes.sequence_length)
+        texts = self.sizes.sequence_length, self.sizes.search_texts
+        made = Made(self.out / "models", base, self.out / "text/search.jsonl", *texts)
         made.folder.mkdir(exist_ok=True)
         search = self._once("search.json", lambda: self._search(made))
         models, tuned = self._models(made)
@@ -171,9 +172,8 @@ class Condensing:
             name: encode_files(parts[name], text / "tokenizer", text / name).num_tokens for name in ("train", "heldout")
         }
         # From within files, for they begin alike; first one piece of each, then another.
-        starts = [(source, len(source) * third // 3) for third in (1, 2) for source in texts["search"]]
+        starts = [(source, len(source) * fifth // 5) for fifth in (1, 2, 3, 4) for source in texts["search"]]
         pieces = [source[at : at + _PIECE] for source, at in starts if at + _PIECE <= len(source)]
-        pieces = pieces[: self.sizes.search_texts]
         (text / "search.jsonl").write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
         self.progress.done(f"text: {tokens['train']:,} tokens to train on, {len(pieces)} texts to search on")
         return {"files": {name: len(files) for name, files in parts.items()}, "tokens": tokens, "texts": len(pieces)}
@@ -212,6 +212,7 @@ class Condensing:
                 "warmup_steps": steps // 10,
                 "trainable": trainable,
             },
+            "balance": {"switch": 0.1},  # as many as 64 experts are to be chosen after few steps
             "parallel": {"expert_parallel_size": RANKS},
             "output": {"folder": str(folder)},
         }

@@ -84,8 +84,9 @@ class Made:
 
     folder: Path
     base: Path  # checkpoint
-    corpus: Path  # documents
+    corpus: Path  # documents, on all of which weights are counted
     max_length: int  # tokens of a text
+    max_texts: int  # of them for all else
 
     def weights(self) -> Path:
         """Of all experts."""
@@ -98,14 +99,17 @@ class Made:
         """The experts of every layer, by search."""
         path = self.folder / "experts.json"
         if not path.is_file():
-            run_experts(self.base, [self.corpus], self.weights(), path, ExpertOptions(experts, "js", self.max_length))
+            options = ExpertOptions(experts, "js", self.max_length, self.max_texts)
+            run_experts(self.base, [self.corpus], self.weights(), path, options)
         return path
 
     def order(self, arm: Arm, layers: int) -> Path:
         """Layers in the order in which they go, by search."""
         path = self.folder / f"layers-{arm.instead}-{arm.experts}.json"
         if not path.is_file():
-            options = LayerOptions(layers, arm.experts, instead=arm.instead, max_length=self.max_length)
+            options = LayerOptions(
+                layers, arm.experts, instead=arm.instead, max_length=self.max_length, max_texts=self.max_texts
+            )
             run_layers(self.base, [self.corpus], self._files(arm), path, options)
         return path
 
@@ -116,7 +120,7 @@ class Made:
         if (out / "model.json").is_file():
             return out
         if arm.merged:
-            options = MergeOptions(arm.experts, layers, self.max_length)
+            options = MergeOptions(arm.experts, layers, self.max_length, self.max_texts)
             conversion, _ = merge.prepare(self.base, out, [self.corpus], options, order)
         else:
             asked = ApplyOptions(layers, arm.experts, arm.instead, keep_scales)
