@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +12,23 @@ import torch
 
 from checkpoint_tools.forward import outputs
 from checkpoint_tools.source import open_source
-from tests.condense_cases import KINDS, condensable, corpus
+from tests.condense_cases import condensable, corpus
+from tests.small_models import run_tool
 from tests.test_hf_modeling import load
 from tests.texts import VOCABULARY
 
 ROOT = Path(__file__).parents[1]
+NAMES = {"weights.json", "experts.json", "layers.json", "checkpoint", "hf"}
 
 
 def condense(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the script, from elsewhere and with names relative to there."""
+    """Run the script, from elsewhere and with names relative to there; `calls` has a line for each start of Python."""
+    python = folder / "python"
+    python.write_text(f'#!/usr/bin/env bash\necho "$*" >>{folder}/calls\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     return subprocess.run(
         [ROOT / "launch" / "condense.sh", *map(str, arguments)],
-        env={**os.environ, "EP_PYTHON": sys.executable},
+        env={**os.environ, "EP_PYTHON": str(python)},
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -32,37 +38,62 @@ def condense(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
     )
 
 
+def searches(folder: Path) -> list[str]:
+    """Every search that was started, with what started it."""
+    lines = (folder / "calls").read_text().splitlines()
+    return [line.split(str(folder))[0] for line in lines if re.search(r"condense (weights|experts|layers) ", line)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_command_leaves_a_smaller_model_and_searches_once(kind: str, tmp_path: Path) -> None:
-    condensable(tmp_path, kind)
-    corpus(tmp_path)
-    done = condense(tmp_path, "model", "out", 2, 2, "corpus")
+def test_one_command_and_two_ranks_leave_a_smaller_model(tmp_path: Path) -> None:
+    model, text = condensable(tmp_path, "qwen"), corpus(tmp_path)
+    done = condense(tmp_path, "model", "out", 2, 2, "corpus", 2)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    names = {"weights.json", "experts.json", "layers.json", "checkpoint", "hf"}
-    assert {path.name for path in out.iterdir()} == names
-    order = json.loads((out / "layers.json").read_text())
-    assert len(order) == 2
-    assert [len(row) for row in json.loads((out / "experts.json").read_text()).values()] == [2, 2, 2]
+    assert {path.name for path in out.iterdir()} == NAMES
+    two_ranks = f"-P {ROOT}/launch/torchrun.py --standalone --nproc-per-node 2 -m checkpoint_tools condense "
+    assert searches(tmp_path) == [
+        "-P -m checkpoint_tools condense weights ",
+        f"{two_ranks}experts ",
+        f"{two_ranks}layers ",
+    ]
+
+    # What one process finds.
+    given = ("--corpus", text, "--weights", out / "weights.json", "--experts", 2)
+    assert run_tool("condense", "experts", model, *given, "--out", tmp_path / "experts") == 0
+    lists = ("--lists", out / "experts.json", "--layers", 2)
+    assert run_tool("condense", "layers", model, *given, *lists, "--out", tmp_path / "layers") == 0
+    for name in ("experts", "layers"):
+        assert json.loads((out / f"{name}.json").read_text()) == json.loads((tmp_path / name).read_text())
+
     source, hf = open_source(out / "checkpoint"), load(out / "hf")
-    first = {"deepseek": 1, "qwen": 0}[kind]
-    assert sorted(source.config.condensed) == sorted(first + index for index in order)
+    assert sorted(source.config.condensed) == sorted(json.loads((out / "layers.json").read_text()))
     ids = torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
     logits = dict(outputs(source.config, source.tensors, ids))["logits"]
     with torch.no_grad():
         torch.testing.assert_close(hf(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
-    # Lists that are there are taken as they are: others than the search would find, and one layer is enough.
-    found = {name: (out / name).read_bytes() for name in ("weights.json", "layers.json")}
-    other = {str(layer): [5, 0] for layer in range(3)}
-    (out / "experts.json").write_text(json.dumps(other))
-    again = condense(tmp_path, "model", "out", 1, 2, "corpus")
+
+@pytest.mark.slow
+def test_what_is_there_is_not_searched_for_again(tmp_path: Path) -> None:
+    """Lists that are there are taken as they are: others than the search would find."""
+    model, text, out = condensable(tmp_path, "deepseek"), corpus(tmp_path), tmp_path / "out"
+    out.mkdir()
+    assert run_tool("condense", "weights", model, "--corpus", text, "--out", out / "weights.json") == 0
+    (out / "experts.json").write_text(json.dumps({str(layer): [5, 0] for layer in range(3)}))
+    kept = {name: (out / name).read_bytes() for name in ("weights.json", "experts.json")}
+    first = condense(tmp_path, "model", "out", 2, 2, "corpus")
+    assert first.returncode == 0, first.stderr
+    assert searches(tmp_path) == ["-P -m checkpoint_tools condense layers "]
+    kept["layers.json"] = (out / "layers.json").read_bytes()
+    order = json.loads(kept["layers.json"])
+    assert sorted(open_source(out / "checkpoint").config.condensed) == sorted(1 + index for index in order)
+    again = condense(tmp_path, "model", "out", 1, 2, "corpus")  # one layer is the first of two
     assert again.returncode == 0, again.stderr
-    assert {name: (out / name).read_bytes() for name in found} == found
-    assert json.loads((out / "experts.json").read_text()) == other
-    assert sorted(open_source(out / "checkpoint").config.condensed) == [first + order[0]]
-    assert {path.name for path in out.iterdir()} == names
+    assert len(searches(tmp_path)) == 1
+    assert sorted(open_source(out / "checkpoint").config.condensed) == [1 + order[0]]
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert {path.name for path in out.iterdir()} == NAMES
 
 
 def test_it_says_what_it_needs_and_leaves_nothing(tmp_path: Path) -> None:
