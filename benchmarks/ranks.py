@@ -13,9 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# A server that imports the engine once and forks ranks, for who starts hundreds of them.
-multiprocessing.set_forkserver_preload(["ep_engine.training.trainer"])
-
 
 @dataclass(frozen=True)
 class Together:
@@ -37,6 +34,8 @@ def on_ranks(
         world_size: number of ranks.
         start_method: of multiprocessing; `forkserver` spares ranks their imports, seconds for each.
     """
+    if start_method == "forkserver":
+        multiprocessing.set_forkserver_preload(["ep_engine.training.trainer"])  # has no effect once the server runs
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
     context = mp.get_context(start_method)
     with tempfile.TemporaryDirectory() as folder:
