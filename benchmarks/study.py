@@ -285,9 +285,7 @@ class Study:
             on_ranks(_train_rank, config, world_size=ranks, start_method="forkserver")
             self.trained += 1
             told = f"{steps} steps in {time.perf_counter() - began:.0f} s"
-            self.progress.done(
-                f"run {len(list(folder.parent.glob('*/summary.json')))} of {self._runs()}: {folder.name}, {told}"
-            )
+            self.progress.done(f"run {self._done()} of {self._runs()}: {folder.name}, {told}")
         return figures(folder, start, self._flops(self._last(name, seed)), self.sizes.tokens_of_step)
 
     def _config(
@@ -338,6 +336,11 @@ class Study:
         checkpoint = newest(self.out / "runs" / f"{name}-{seed}")
         assert checkpoint is not None, "a run that ends well has written one"
         return checkpoint
+
+    def _done(self) -> int:
+        """Runs of this study's seeds; an earlier one may have had more."""
+        seeds = (int(path.parent.name.rpartition("-")[2]) for path in (self.out / "runs").glob("*/summary.json"))
+        return sum(seed < self.sizes.seeds for seed in seeds)
 
     def _runs(self) -> int:
         return 1 + self.sizes.seeds * (3 + len(self._ways()) + len(self._rules(self.out)))

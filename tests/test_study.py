@@ -1,6 +1,7 @@
 """The study on a tiny scale: every stage, real processes, and a second call that trains nothing."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a study of other sizes; choose another --out, or delete it"):
         Study(tmp_path, TINY).run()
     assert (tmp_path / "mine").read_text() == "x"
+
+
+def test_a_study_of_few_seeds_goes_on_with_more(tmp_path: Path) -> None:
+    Study(tmp_path, TINY)._claim()
+    Study(tmp_path, replace(TINY, seeds=2))._claim()
+    with pytest.raises(UserError, match="of other sizes"):
+        Study(tmp_path, replace(TINY, steps=5))._claim()
 
 
 def test_a_mistake_is_a_sentence_and_status_2(
