@@ -90,6 +90,11 @@ class RoutingMetrics:
             line["intra_device_fraction"] = self._inside()
         return line
 
+    def forget(self) -> None:
+        """The steps since the last line do not count."""
+        self._watch.forget()
+        self._ledger.reset()
+
     def summary(self, changed_share: float | None) -> dict[str, Any]:
         """Of all lines so far."""
         return {

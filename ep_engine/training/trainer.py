@@ -341,6 +341,8 @@ class Trainer:
             self._give_up(f"the loss is {loss}, a spike again after going back {GO_BACK} times")
         at = self.step
         self.domain_losses.forget()
+        if self.routing is not None:
+            self.routing.forget()
         self.step = self._load_from(kept, moments=True)
         if self.metrics is not None:
             self.metrics.forget_after(self.step)

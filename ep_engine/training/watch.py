@@ -81,12 +81,20 @@ class RouterWatch:
         """Loads, importances, tokens, entropies and dropped choices of all ranks of `group`, float64, and the losses in
         their order; what is here begins again from zero.
         """
-        own = (self.load_LE, self.importance_LE, self.tokens_L, self.entropy_L, self.dropped_L, *self.losses.values())
-        sums = [one.double() for one in own]
-        for one, summed in zip(own, sums, strict=True):
-            one.zero_()
+        sums = [one.double() for one in self._sums()]
+        self.forget()
+        for summed in sums:
             dist.all_reduce(summed, group=group)
         return sums
+
+    def forget(self) -> None:
+        """Begin again from zero."""
+        for one in self._sums():
+            one.zero_()
+
+    def _sums(self) -> list[Tensor]:
+        own = self.load_LE, self.importance_LE, self.tokens_L, self.entropy_L, self.dropped_L
+        return [*own, *self.losses.values()]
 
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
         """See `model.Watch`."""
