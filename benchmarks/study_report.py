@@ -17,6 +17,7 @@ mpl.use("agg")
 import matplotlib.pyplot as plt
 
 UNTOLD = "not distinguishable"
+_ROUNDING = 1e-5  # of a loss in float32, in nats
 Run = dict[str, Any]
 Arms = dict[str, list[Run]]
 
@@ -72,8 +73,9 @@ def rivals_of(ways: list[str]) -> dict[str, list[str]]:
 def judge(one: list[float], other: list[float]) -> dict[str, Any]:
     """Whether the losses of one arm differ from those of another, seed by seed.
 
-    They do if all seeds say so: if 0 lies outside of the spread, least to largest, of the differences of pairs. Of N
-    seeds without any difference 2 in 2^N would still look like one, so a single seed tells nothing.
+    They do if all seeds say so: if 0, to within what float32 rounds, lies outside of the spread, least to largest, of
+    the differences of pairs. Of N seeds without any difference 2 in 2^N would still look like one, so a single seed
+    tells nothing.
 
     Args:
         one, other: losses, those of the same seed at the same place.
@@ -83,7 +85,7 @@ def judge(one: list[float], other: list[float]) -> dict[str, Any]:
     """
     differences = [a - b for a, b in zip(one, other, strict=True)]
     least, largest = min(differences), max(differences)
-    told = len(differences) > 1 and (least > 0 or largest < 0)
+    told = len(differences) > 1 and (least > _ROUNDING or largest < -_ROUNDING)
     return {"mean": statistics.fmean(differences), "least": least, "largest": largest, "distinguishable": told}
 
 

@@ -136,6 +136,20 @@ def test_results_in_the_text_are_those_of_the_files(name: str) -> None:
                 assert any(f"| {spread} |" in text for spread in spreads)
 
 
+def test_the_study_in_the_text_is_that_of_the_file() -> None:
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    document = json.loads((ROOT / "benchmarks/results/study.json").read_text())
+    assert f"`launch/study.sh --seeds {document['setting']['seeds']}` at {document['commit']}" in text
+    for arms in document["results"]["means"].values():
+        for name, found in arms.items():
+            end, start = found["end"], found["start"]["mean"]
+            row = f"| {start:.4f} | {end['mean']:.4f} ({end['least']:.4f}, {end['largest']:.4f}) |"
+            assert row in text, name
+            if arms is document["results"]["means"]["rules"]:
+                row = f"| {found['bytes']['mean']:.0f} | {found['devices']['mean']:.3f} | {found['load']['mean']:.2f} |"
+                assert row in text, name
+
+
 def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     placed, watched, step = (

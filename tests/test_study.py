@@ -54,6 +54,8 @@ def test_a_difference_counts_if_all_seeds_agree() -> None:
 def test_one_seed_and_equal_losses_tell_nothing() -> None:
     assert not judge([1.0], [2.0])["distinguishable"]
     assert not judge([1.0, 2.0], [1.0, 3.0])["distinguishable"]
+    assert not judge([2.000001, 3.000001], [2.0, 3.0])["distinguishable"]  # what float32 rounds
+    assert judge([2.0001, 3.0001], [2.0, 3.0])["distinguishable"]
     with pytest.raises(ValueError, match="shorter"):
         judge([1.0, 2.0], [1.0])
 
