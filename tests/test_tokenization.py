@@ -228,7 +228,7 @@ def test_ids_of_another_vocabulary_are_no_tokens_of_a_checkpoint(run: Command, t
     assert f"other (295 tokens) is not that of checkpoint {model} (300): " in err
     assert err.endswith(f" tokens or ids differ; use {model}/tokenizer\n")
     assert not list(tmp_path.glob("t.*"))
-    assert run(*command, tmp_path / "tokenizer")[0] == 0
+    assert run(*command, tmp_path / "model")[0] == 0
 
 
 REFUSALS: dict[str, tuple[str, str]] = {
