@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.condense_curve import RANKS, Made, arms_of, measure, sizes, speeds, tune
 from benchmarks.condense_plot import ORIGINAL, draw, show
@@ -35,18 +34,16 @@ from benchmarks.condense_search import compare_searches
 from benchmarks.ranks import on_ranks
 from benchmarks.study_report import is_done
 from benchmarks.timing import write_results
+from benchmarks.training import train_rank
 from ep_engine.checkpoint import newest
 from ep_engine.config import RunConfig, make_config
 from ep_engine.data.corpus import encode_files, read_source, split_by_file, standard_library_files, train_tokenizer
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.errors import UserError
 from ep_engine.initial import initialise
-from ep_engine.mesh import World
 from ep_engine.model_config import ModelConfig, MoEConfig
 from ep_engine.output import whole_file
 from ep_engine.quickstart import Progress
-from ep_engine.resolve import resolve
-from ep_engine.training.trainer import train
 from ep_engine.whole_model import write_model
 
 SHARED = 2  # experts, in one matrix of their widths together
@@ -184,7 +181,9 @@ class Condensing:
         if not is_done(folder, self.sizes.steps):
             shutil.rmtree(new, ignore_errors=True)
             write_new(new, model_config(self.sizes))
-            on_ranks(_train, self._config(folder, new, self.sizes.steps, self.sizes.learning_rate, 0), world_size=RANKS)
+            on_ranks(
+                train_rank, self._config(folder, new, self.sizes.steps, self.sizes.learning_rate, 0), world_size=RANKS
+            )
             loss = json.loads((folder / "summary.json").read_text())["heldout_loss"]
             self.progress.done(f"trained {self.sizes.steps} steps: held-out loss {loss:.4f}")
         checkpoint = newest(folder)
@@ -318,12 +317,6 @@ def write_new(folder: Path, model: ModelConfig) -> None:
     weights = {name: torch.empty(size) for name, size in expected_entries(model).items()}
     initialise({name: Shard(weight, weight, 0) for name, weight in weights.items()}, model, seed=0)
     write_model(folder, model, weights)
-
-
-def _train(rank: int, config: RunConfig) -> dict[str, Any]:
-    run = resolve(config, RANKS, overwrite=True)  # what an ended benchmark left half done
-    dist.barrier()  # no rank may make the run folder before all have seen that it is free
-    return train(run, World(rank=rank, size=RANKS))
 
 
 def main() -> None:

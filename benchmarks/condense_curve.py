@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.condense_plot import ORIGINAL
 from benchmarks.ranks import Together, all_times
+from benchmarks.training import train_rank
 from checkpoint_tools.condense import apply, merge
 from checkpoint_tools.condense.apply import ApplyOptions, count_parameters
 from checkpoint_tools.condense.experts import ExpertOptions, run_experts
@@ -39,9 +39,7 @@ from ep_engine.mesh import Meshes, World, process_groups
 from ep_engine.model_config import read_model_config
 from ep_engine.parallelize import build, entries_of
 from ep_engine.placement import Placement
-from ep_engine.resolve import resolve
 from ep_engine.training.mfu import activated_parameters
-from ep_engine.training.trainer import train
 
 RANKS = 2
 CPU = torch.device("cpu")
@@ -199,9 +197,7 @@ def _in_turn(models: Mapping[str, LoadedModel], batch_BS: Tensor, rounds: int) -
 def tune(rank: int, configs: list[RunConfig]) -> dict[str, Any]:
     """Train one run after the other; their checkpoints are not kept. Every rank calls this."""
     for config in configs:
-        run = resolve(config, RANKS, overwrite=True)  # what an ended benchmark left half done
-        dist.barrier()  # no rank may make the run folder before all have seen that it is free
-        train(run, World(rank=rank, size=RANKS))
+        train_rank(rank, config)
         if rank == 0:
             shutil.rmtree(config.output.folder / "checkpoints")
     return {}

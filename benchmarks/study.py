@@ -33,12 +33,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from rich.console import Console
 
 from benchmarks.ranks import on_ranks
 from benchmarks.study_report import Arms, against, best, draw, figures, is_done, over_seeds, rivals_of, sentence, show
 from benchmarks.timing import write_results
+from benchmarks.training import train_rank
 from ep_engine.c2r.place import place
 from ep_engine.c2r.profile import profile
 from ep_engine.checkpoint import newest
@@ -52,9 +52,7 @@ from ep_engine.mesh import World
 from ep_engine.model_config import read_model_config
 from ep_engine.output import whole_file
 from ep_engine.quickstart import Progress, run_tool
-from ep_engine.resolve import resolve
 from ep_engine.training.mfu import flops_of_token
-from ep_engine.training.trainer import train
 
 RANKS = 2
 BASE = "gradient"
@@ -282,7 +280,7 @@ class Study:
         if not is_done(folder, steps):
             began = time.perf_counter()
             config = self._config(folder, checkpoint, steps, seed, sections or {}, ranks)
-            on_ranks(_train_rank, config, world_size=ranks, start_method="forkserver")
+            on_ranks(train_rank, config, world_size=ranks, start_method="forkserver")
             self.trained += 1
             told = f"{steps} steps in {time.perf_counter() - began:.0f} s"
             self.progress.done(f"run {self._done()} of {self._runs()}: {folder.name}, {told}")
@@ -379,13 +377,6 @@ def documentation() -> list[Path]:
     """Text files of the documentation that is installed, each once."""
     below = (path for folder in DOCUMENTATION for path in folder.rglob("*") if path.suffix in (".txt", ".rst", ".md"))
     return sorted({path.resolve() for path in below if path.is_file()})
-
-
-def _train_rank(rank: int, config: RunConfig) -> dict[str, Any]:
-    size = dist.get_world_size()
-    run = resolve(config, size, overwrite=True)  # what an ended study left half done
-    dist.barrier()  # no rank may make the run folder before all have seen that it is free
-    return train(run, World(rank=rank, size=size))
 
 
 def main() -> None:

@@ -150,6 +150,21 @@ def test_the_study_in_the_text_is_that_of_the_file() -> None:
                 assert row in text, name
 
 
+def test_condensing_in_the_text_is_that_of_the_file() -> None:
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    document = json.loads((ROOT / "benchmarks/results/condense.json").read_text())
+    assert f"results/condense.json` at {document['commit']}" in text
+    found = document["results"]["search"]["experts"]
+    assert f"{found['search_speedup']:.0f} times (asked: 20), {found['forward_passes_ratio']:.0f} forwards" in text
+    assert found["same_choices"]
+    for name, point in document["results"]["curve"].items():
+        losses = f"| {point['heldout_loss']:.4f} | {point['heldout_loss_tuned']['all']:.4f} |"
+        speed = f"| {point['bytes_per_token']:.0f} | {point['tokens_per_second']['median']:.0f} |"
+        arm = name.rpartition(", ")[0] or name
+        rows = [row for row in text.splitlines() if row.startswith(f"| {arm} |")]
+        assert any(losses in row and speed in row for row in rows), name
+
+
 def test_placements_and_watching_in_the_text_are_those_of_the_files() -> None:
     text = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     placed, watched, step = (
