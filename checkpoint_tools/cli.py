@@ -368,7 +368,8 @@ def _run(conversion: Conversion, how: How, dry_run: bool, as_json: bool) -> None
         found = {"written": str(conversion.out), "model": model.model_dump(exclude={"carried"})}
         print_json(found | {"logit_gap": None if gap is None else gap.max_abs_diff})
         return
-    experts = f"{model.moe.num_experts} experts, top-{model.moe.top_k}" if model.moe else "dense"
+    moe = None if model.is_dense else model.moe
+    experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.top_k}"
     typer.echo(f"wrote {conversion.out}: {model.num_layers} layers, {experts}")
     if gap is not None and gap.first_difference is not None:
         typer.echo(

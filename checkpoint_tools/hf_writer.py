@@ -5,15 +5,18 @@ every tensor, and their elements one after the other (https://github.com/hugging
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ep_engine.deferred import Deferred, Tensors
+from ep_engine.direct_file import DirectFile
 from ep_engine.draft import Draft
-from ep_engine.whole_model import in_files, made_ahead
+from ep_engine.whole_model import Made, in_files, made_ahead
 
 SHARD_BYTES = 5 * 10**9
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -40,12 +43,16 @@ def write_weights(
             draft.folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     done, sums = 0, dict[str, int]()
-    for name, keys in zip(names, shards, strict=True):
-        if name not in draft.done:
-            draft.note(name, _write_shard(draft.folder / name, tensors, keys, done, advance))
-        sums |= draft.done[name]
-        done += sum(tensors.deferred[key].num_bytes for key in keys)
-        advance(done)
+    left = [key for name, keys in zip(names, shards, strict=True) if name not in draft.done for key in keys]
+    with closing(made_ahead(tensors, left)) as ready:
+        for name, keys in zip(names, shards, strict=True):
+            described = {key: tensors.deferred[key] for key in keys}
+            if name not in draft.done:
+                made = islice(ready, len(keys))
+                draft.note(name, _write_shard(draft.folder / name, described, made, done, advance))
+            sums |= draft.done[name]
+            done += sum(one.num_bytes for one in described.values())
+            advance(done)
     return sums
 
 
@@ -55,14 +62,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write_shard(
-    path: Path, tensors: Tensors, keys: list[str], done: int, advance: Callable[[int], None]
+    path: Path,
+    described: dict[str, Deferred],
+    tensors: Iterator[tuple[str, Made]],
+    done: int,
+    advance: Callable[[int], None],
 ) -> dict[str, int]:
-    header = json.dumps({"__metadata__": {"format": "pt"}} | _places([tensors.deferred[k] for k in keys], keys))
+    header = json.dumps({"__metadata__": {"format": "pt"}} | _places(described))
     header += " " * (-len(header.encode()) % _ALIGNMENT)
     sums = {}
-    with path.open("wb") as file:
+    with DirectFile(path) as file:
         file.write(len(header.encode()).to_bytes(8, "little") + header.encode())
-        for key, made in made_ahead(tensors, keys):
+        for key, made in tensors:
             file.write(made.tensor.view(-1).view(torch.uint8).numpy().data)
             sums[key] = made.checksum
             done += made.tensor.nbytes
@@ -70,9 +81,9 @@ def _write_shard(
     return sums
 
 
-def _places(shard: list[Deferred], keys: list[str]) -> dict[str, Any]:
+def _places(described: dict[str, Deferred]) -> dict[str, Any]:
     places, begin = {}, 0
-    for key, deferred in zip(keys, shard, strict=True):
+    for key, deferred in described.items():
         end = begin + deferred.num_bytes
         places[key] = {"dtype": _NAMES[deferred.dtype], "shape": deferred.shape, "data_offsets": [begin, end]}
         begin = end

@@ -288,14 +288,12 @@ class BalanceSection(_Section):
     capacity_factor: FiniteFloat | None = Field(None, gt=0)
     """most tokens of an expert in a pass, relative to the mean; later ones skip it [no limit]"""
     reference_compat: bool = False
-    """compute `load` as LLaMA-MoE's code does, which asks the noise alone whether an expert is chosen"""
+    """as LLaMA-MoE's code: `load` asks the noise alone whether an expert is chosen, and padding counts like tokens"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.switch == 0 and self.switch_of != "rule":
             raise ValueError(f"balance.switch_of ({self.switch_of}) has no effect, balance.switch is 0; leave it out")
-        if self.reference_compat and not (self.noise and self.load):
-            raise ValueError("balance.reference_compat has no effect without balance.noise and balance.load; set both")
         return self
 
 
@@ -327,6 +325,16 @@ class RunConfig(_Section):
     routing: RoutingSection = RoutingSection()
     balance: BalanceSection = BalanceSection()
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        asked = self.balance
+        if asked.reference_compat and self.data.packing == "stream" and not (asked.noise and asked.load):
+            raise ValueError(
+                "balance.reference_compat has no effect without balance.noise and balance.load where data.packing is "
+                "stream, which has no padding; set both, or leave it out"
+            )
+        return self
 
 
 _NOT_YET = {

@@ -106,15 +106,15 @@ def _check_schedule(config: RunConfig, model: ModelConfig, parts: int) -> None:
 
 def check_split(config: RunConfig, model: ModelConfig) -> None:
     """Whether tensor parallelism can cut everything evenly."""
-    tp = config.parallel.tensor_parallel_size
+    tp, moe = config.parallel.tensor_parallel_size, None if model.is_dense else model.moe
     cut = {
         "data.sequence_length": config.data.sequence_length,
         "the model's number of heads": model.num_heads,
         "the model's number of key/value heads": model.num_kv_heads,
         "the model's vocabulary": model.vocab_size,
         "the model's intermediate size": model.intermediate_size if model.moe is None else tp,
-        "the width of the model's shared expert": model.moe.shared_hidden_size if model.moe else tp,
-        "the width of the model's residual experts": model.moe.residual_hidden_size if model.moe else tp,
+        "the width of the model's shared expert": tp if moe is None else moe.shared_hidden_size,
+        "the width of the model's residual experts": tp if moe is None else moe.residual_hidden_size,
         **{f"the intermediate size of layer {layer}": width for layer, width in model.dense_layers.items()},
     }
     if tp > 1 and model.qk_norm == "all":

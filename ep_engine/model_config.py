@@ -248,7 +248,7 @@ class ModelConfig(_Part):
     mlp_bias: bool = False
     initializer_range: float = 0.02
     moe: MoEConfig | None = None
-    """None: every layer has a dense FFN."""
+    """None: every layer has a dense FFN. A model of which all layers were condensed keeps it; see `is_dense`."""
     dense_layers: dict[int, int] = {}
     """Layers of a model with experts whose FFN is dense, and its hidden width; 0: they have no FFN."""
     condensed: dict[int, CondensedLayer] = {}
@@ -288,9 +288,14 @@ class ModelConfig(_Part):
                     f"scales, its width in dense_layers is {self.dense_layers.get(layer)}, which must have room for "
                     "both; correct one of them"
                 )
-        if self.moe is not None and count == 0:
+        if self.moe is not None and count == 0 and not self.condensed:
             raise ValueError("dense_layers names every layer of a model with experts; leave one out, or leave out moe")
         return self
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer has experts: there never were any, or all that had some are condensed."""
+        return not self.moe_layers()
 
     def moe_of(self, layer: int) -> MoEConfig | None:
         """The mixture of experts of one layer; None: its FFN is dense."""

@@ -40,7 +40,7 @@ class MoELayer(nn.Module):
             self.residual = ResidualExperts(hidden_size, width, count, moe.residual_scale)
         self.keeps_less = False
         self.losses: tuple[BalanceLoss, ...] = ()  # whose sums its statistics have
-        self.has_padding = False  # whether numbers of tokens may be -1
+        self.has_padding = False  # whether numbers of tokens may be -1, which then count for nothing
         self.join(Site.of(placement, layer, 1, 0), Link(Alone(), Ledger(), layer))
 
     def join(self, site: Site, *links: Link, fp8: bool = False, fixed_rows: int | None = None) -> None:

@@ -80,7 +80,7 @@ def build(
     etp = meshes.experts["etp"].size()
     ledger = Ledger(meshes.ep_tiers())
     connection = None
-    if config.moe is not None:
+    if not config.is_dense:
         assert placement is not None, "a MoE model has a placement"
         cut = placement.cut(meshes.experts["ep"].size())
         connection = connect(

@@ -165,7 +165,7 @@ def resolve_layout(
 def _balanced(config: RunConfig, model: ModelConfig) -> ModelConfig:
     """The model with a selection bias, if the run moves one and it has none yet."""
     asked, moe = config.balance, model.moe
-    if moe is None:
+    if moe is None or model.is_dense:
         return model
     if asked.noise and not moe.gate_noise:
         raise UserError(
@@ -248,7 +248,7 @@ def _token_ids(tokenizer: Path | None) -> dict[str, int | None]:
 
 def _placement(config: RunConfig, model: ModelConfig) -> Placement | None:
     ep_size, etp = config.parallel.expert_parallel_size, config.parallel.expert_tensor_parallel_size
-    if model.moe is None:
+    if model.moe is None or model.is_dense:
         asked = [name for name in ("moe", "routing", "balance") if differing(getattr(config, name))]
         if ep_size * etp > 1 or asked:
             key, size = ("expert_parallel_size", ep_size) if ep_size > 1 else ("expert_tensor_parallel_size", etp)

@@ -8,9 +8,10 @@ was at.
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import closing
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from ep_engine.checkpoint import read_manifest, read_metadata, save_words, tensors_in, without_crc
 from ep_engine.checksum import checksum
 from ep_engine.deferred import Deferred, Tensors
+from ep_engine.direct_file import DirectFile
 from ep_engine.draft import Draft, drafted
 from ep_engine.entries import expected_entries
 from ep_engine.errors import Fault, UserError
@@ -44,7 +46,7 @@ class Made(NamedTuple):
     checksum: int
 
 
-def made_ahead(tensors: Tensors, names: list[str]) -> Iterator[tuple[str, Made]]:
+def made_ahead(tensors: Tensors, names: Sequence[str]) -> Generator[tuple[str, Made]]:
     """Tensors in order, each made and hashed by another thread while the one before is in use."""
 
     def make(name: str) -> Made:
@@ -123,27 +125,29 @@ def write_into(
     in_order = Tensors({name: tensors.deferred[name] for name in expected_entries(config)})
     stored: dict[str, dict[str, tuple[int, int, int]]] = {}
     done = 0
-    for number, names in enumerate(in_files(in_order, FILE_BYTES)):
-        file = f"__0_{number}.distcp"
-        if f"weights/{file}" not in draft.done:
-            draft.note(f"weights/{file}", _write_file(weights / file, in_order, names, done, advance))
-        stored[file] = draft.done[f"weights/{file}"]
-        done += sum(in_order.deferred[name].num_bytes for name in names)
-        advance(done)
+    files = {f"weights/__0_{n}.distcp": names for n, names in enumerate(in_files(in_order, FILE_BYTES))}
+    left = [name for file, names in files.items() if file not in draft.done for name in names]
+    with closing(made_ahead(in_order, left)) as ready:
+        for file, names in files.items():
+            if file not in draft.done:
+                draft.note(file, _write_file(draft.folder / file, islice(ready, len(names)), done, advance))
+            stored[Path(file).name] = draft.done[file]
+            done += sum(in_order.deferred[name].num_bytes for name in names)
+            advance(done)
     _write_index(weights / ".metadata", in_order, stored)
     sums = {name: known[2] for of_file in stored.values() for name, known in of_file.items()}
     save_words(draft.folder, config, sums, training={}, source=source, made=made(sums))
 
 
 def _write_file(
-    path: Path, tensors: Tensors, names: list[str], done: int, advance: Callable[[int], None]
+    path: Path, tensors: Iterator[tuple[str, Made]], done: int, advance: Callable[[int], None]
 ) -> dict[str, tuple[int, int, int]]:
     """Where each tensor of a file begins, how many bytes it has there, and its checksum."""
     written = {}
-    with path.open("wb") as file, without_crc():
-        for name, made in made_ahead(tensors, names):
+    with DirectFile(path) as file, without_crc():
+        for name, made in tensors:
             begin = file.tell()
-            torch.save(_alone(made.tensor), file)
+            torch.save(_alone(made.tensor), file)  # type: ignore[arg-type]
             written[name] = (begin, file.tell() - begin, made.checksum)
             done += made.tensor.nbytes
             advance(done)
@@ -151,8 +155,11 @@ def _write_file(
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """A tensor that does not bring the rest of its storage along."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+    """A contiguous tensor, the same memory, that does not bring the rest of its storage along."""
+    if tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    own = torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy())
+    return own.view(tensor.dtype).view(tensor.shape)
 
 
 def _write_index(path: Path, tensors: Tensors, stored: Mapping[str, Mapping[str, tuple[int, int, int]]]) -> None:

@@ -13,12 +13,12 @@ model=$(realpath -m -- "$1") out=$(realpath -m -- "$2") corpus=$(realpath -m -- 
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" runtime
 
 tool() { "$PYTHON" -P -m checkpoint_tools "$@"; }
-search() {
+condense() {
   if [[ $ranks == 1 ]]; then
-    tool condense "$@" --resume
+    tool condense "$@"
   else
     GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} "$PYTHON" -P "$ROOT/launch/torchrun.py" --standalone \
-      --nproc-per-node "$ranks" -m checkpoint_tools condense "$@" --resume
+      --nproc-per-node "$ranks" -m checkpoint_tools condense "$@"
   fi
 }
 cd "$ROOT" # where `python -m checkpoint_tools` is found
@@ -26,12 +26,13 @@ tool condense apply "$model" "$out/checkpoint" --layers "$layers" --experts "$ex
 mkdir -p "$out"
 kept=()
 if [[ $experts -gt 0 ]]; then
-  [[ -e $out/weights.json ]] || tool condense weights "$model" --corpus "$corpus" --out "$out/weights.json"
+  [[ -e $out/weights.json ]] || condense weights "$model" --corpus "$corpus" --out "$out/weights.json"
   kept=(--experts "$experts" --weights "$out/weights.json")
-  [[ -e $out/experts.json ]] || search experts "$model" --corpus "$corpus" "${kept[@]}" --out "$out/experts.json"
+  [[ -e $out/experts.json ]] ||
+    condense experts "$model" --corpus "$corpus" "${kept[@]}" --out "$out/experts.json" --resume
   kept+=(--lists "$out/experts.json")
 fi
 [[ -e $out/layers.json ]] ||
-  search layers "$model" --corpus "$corpus" --layers "$layers" "${kept[@]}" --out "$out/layers.json"
+  condense layers "$model" --corpus "$corpus" --layers "$layers" "${kept[@]}" --out "$out/layers.json" --resume
 tool condense apply "$model" "$out/checkpoint" --layers "$layers" "${kept[@]}" --order "$out/layers.json" --overwrite
 tool export "$out/checkpoint" "$out/hf" --overwrite

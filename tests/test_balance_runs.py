@@ -152,7 +152,8 @@ def test_noise_needs_its_matrix_and_a_dense_model_has_no_experts(folder: Path) -
 
 
 def test_padding_of_rows_is_told_from_tokens(tmp_path: Path) -> None:
-    """Documents of 3 to 12 tokens in rows of 16: of what fills rows up, nothing is counted, on one rank or two."""
+    """Documents of 3 to 12 tokens in rows of 16: of what fills rows up, nothing is counted, on one rank or two,
+    unless as published."""
     lengths = [3, 12, 5, 7, 9, 4, 11, 6] * 12
     write_token_file(tmp_path / "train", [np.arange(n) % 60 for n in lengths], NEW_MODEL["vocab_size"])
     noisy_model(tmp_path / "noisy")
@@ -166,7 +167,9 @@ def test_padding_of_rows_is_told_from_tokens(tmp_path: Path) -> None:
     blend = resolve(read, 1).blend()
     tokens = sum(int((blend.read([row]).documents_BS >= 0).sum()) for row in blend.ahead(8))
     assert tokens < 8 * 16
-    for one in (config, two):
+    published = run_of(tmp_path, "as published", {"importance": 0.1, "reference_compat": True}, **sections)
+    train_here(published)
+    for one, counted in ((config, tokens), (two, tokens), (published, 8 * 16)):
         line = json.loads((one.output.folder / "metrics.jsonl").read_text().splitlines()[0])
-        assert [sum(layer["load"]) for layer in line["layers"]] == [2 * tokens] * 2
+        assert [sum(layer["load"]) for layer in line["layers"]] == [2 * counted] * 2
     assert losses(two) == pytest.approx(losses(config), rel=1e-5)

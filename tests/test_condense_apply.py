@@ -67,12 +67,12 @@ def folder_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scales", ["folded", "kept"])
-@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (2, 3), (2, 0)])
+@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (2, 3), (2, 0), (3, 2)])
 def test_a_condensed_checkpoint_computes_what_the_plain_model_does(
     kind: str, scales: str, layers: int, experts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = condensable(tmp_path, kind)
-    given = files(tmp_path, model, [2, 0])
+    given = files(tmp_path, model, [2, 0, 1])
     more = ("--keep-scales",) if scales == "kept" else ()
     given = given if experts else given[:2]
     capsys.readouterr()
@@ -80,7 +80,7 @@ def test_a_condensed_checkpoint_computes_what_the_plain_model_does(
                     *more, "--json") == 0  # fmt: skip
     told = json.loads(capsys.readouterr().out)
     with torch.no_grad():
-        wanted = by_hand(tmp_path, model, [2, 0][:layers], experts)(TOKENS).logits
+        wanted = by_hand(tmp_path, model, [2, 0, 1][:layers], experts)(TOKENS).logits
     assert (wanted - plain_forward(model, torch.float32)(TOKENS).logits).abs().max() > 1e-2
     tolerance = {"rtol": 1e-5, "atol": 1e-5 * float(wanted.abs().max())}
     torch.testing.assert_close(logits_of(tmp_path / "small"), wanted, **tolerance)
@@ -264,11 +264,7 @@ def test_what_cannot_be_condensed_is_refused(tmp_path: Path, capsys: pytest.Capt
         (model, ("--layers", 1, "--experts", 4, *given), "has 3 experts, --experts is 4"),
         (model, ("--layers", 1, "--experts", 2, *given[2:]), "--order is missing"),
         (model, ("--layers", 1, "--experts", 2, *given[:2]), "--experts 2 needs --weights and --lists"),
-        (
-            model,
-            ("--layers", 3, "--experts", 2, *given),
-            "no layer with experts would be left, and layers have factors",
-        ),
+        (model, ("--layers", 3, "--instead", "block-drop", *given[:2]), "would leave no layer"),
         (dense, ("--layers", 1, *given), "the model has no layers with experts"),
     ):
         assert run_tool("condense", "apply", source, tmp_path / "small", *more) == 2

@@ -52,13 +52,14 @@ def test_one_command_and_two_ranks_leave_a_smaller_model(tmp_path: Path) -> None
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == NAMES
     two_ranks = f"-P {ROOT}/launch/torchrun.py --standalone --nproc-per-node 2 -m checkpoint_tools condense "
-    assert searches(tmp_path) == [
-        "-P -m checkpoint_tools condense weights ",
-        f"{two_ranks}experts ",
-        f"{two_ranks}layers ",
-    ]
+    assert searches(tmp_path) == [f"{two_ranks}{step} " for step in ("weights", "experts", "layers")]
 
     # What one process finds.
+    assert run_tool("condense", "weights", model, "--corpus", text, "--out", tmp_path / "weights") == 0
+    by_two, by_one = (json.loads(path.read_text()) for path in (out / "weights.json", tmp_path / "weights"))
+    assert by_two.keys() == by_one.keys()
+    for expert, (total, count, mean) in by_one.items():
+        assert by_two[expert] == [pytest.approx(total, rel=1e-6), count, pytest.approx(mean, rel=1e-6)]
     given = ("--corpus", text, "--weights", out / "weights.json", "--experts", 2)
     assert run_tool("condense", "experts", model, *given, "--out", tmp_path / "experts") == 0
     lists = ("--lists", out / "experts.json", "--layers", 2)

@@ -9,6 +9,7 @@ import torch
 
 from checkpoint_tools.condense.published_json import Shape, read_experts, read_order, read_weights
 from checkpoint_tools.condense.texts import read_texts
+from checkpoint_tools.condense.weights import count_weights
 from checkpoint_tools.source import open_source
 from tests.condense_cases import KINDS, LENGTH, PUBLISHED, condensable, corpus, moe_blocks, plain_forward
 from tests.small_models import edit_json, edit_weights, run_tool
@@ -52,6 +53,19 @@ def test_weights_are_conditional_means_of_a_plain_count(kind: str, tmp_path: Pat
             assert found[f"{layer}-{e}"][2] == pytest.approx(sum(seen) / max(len(seen), 1), rel=1e-5)
     weights = read_weights(tmp_path / "w.json", Shape(3, 6, 3))
     assert weights.count_LE.sum() == 3 * top_k * texts.num_tokens
+
+
+def test_ranks_count_shares_of_the_texts(tmp_path: Path) -> None:
+    """Also where there are more ranks than texts; a text keeps its number."""
+    source = open_source(condensable(tmp_path, "deepseek"))
+    texts = read_texts(source, [corpus(tmp_path)], LENGTH)
+    assert len(texts.ids) == 6
+    whole, shares = count_weights(source, texts), [texts.of_rank(rank, 7) for rank in range(7)]
+    parts = [count_weights(source, share) for share in shares]
+    assert torch.equal(torch.stack([part.count_LE for part in parts]).sum(dim=0), whole.count_LE)
+    torch.testing.assert_close(torch.stack([part.sum_LE for part in parts]).sum(dim=0), whole.sum_LE)
+    share = texts.of_rank(1, 4)
+    assert [share.text_of(0), share.text_of(share.num_tokens - 1)] == [1, 5]
 
 
 def test_long_texts_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

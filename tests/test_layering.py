@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (  # a folder, "" for ep_engine itself, and files of it; a folder may come more than once
-    ("", "errors output run_folder job progress machine version deferred draft stages model_config"),
+    ("", "errors output direct_file run_folder job progress machine version deferred draft stages model_config"),
     ("data", "domain_tables"),
     ("", "config debug ops checksum placement ledger reference message stopwatch"),
     ("transports", "transport regions shared_control shared_memory cuda_ipc"),

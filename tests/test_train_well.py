@@ -276,24 +276,26 @@ def test_torchrun_ends_well_through_our_script(launcher: str, folder: Path, tmp_
     assert run.returncode == (0 if launcher.startswith("launch") else 1), told
 
 
-def test_condensed_layers_alone_are_trained(folder: Path) -> None:
+@pytest.mark.parametrize("layers", [[1], [0, 1]], ids=["one", "all"])
+def test_condensed_layers_alone_are_trained(folder: Path, layers: list[int]) -> None:
     from ep_engine.entries import Shard, expected_entries
     from ep_engine.initial import initialise
     from ep_engine.model_config import CondensedLayer
 
     config = open_source(folder / "moe").config
-    condensed = {1: CondensedLayer(shared_size=16, gated=True, scales=[0.5, 2.0])}
-    config = config.model_copy(update={"dense_layers": {1: 48}, "condensed": condensed})
+    condensed = {i: CondensedLayer(shared_size=16, gated=True, scales=[0.5, 2.0]) for i in layers}
+    config = config.model_copy(update={"dense_layers": {i: 32 + 16 * i for i in layers}, "condensed": condensed})
     tensors = {name: torch.empty(shape) for name, shape in expected_entries(config).items()}
     initialise({name: Shard(tensor, tensor, 0) for name, tensor in tensors.items()}, config, seed=0)
-    write_model(folder / "condensed", config, tensors)
-    run = small_run(
-        folder,
-        "condensed run",
-        model={"checkpoint": str(folder / "condensed")},
-        train={"steps": 2, "trainable": "condensed-experts"},
-    )
+    made = folder / f"condensed-{len(layers)}"
+    write_model(made, config, tensors)
+    model, trained = {"checkpoint": str(made)}, {"steps": 2, "trainable": "condensed-experts"}
+    run = small_run(folder, f"{made.name}-run", model=model, train=trained)
     train_here(run)
     after = weights(run)
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, tensors[name])}
-    assert moved == {f"layers.1.ffn.{name}.weight" for name in ("w_gate", "w_up", "w_down")}
+    assert moved == {f"layers.{i}.ffn.{name}.weight" for i in layers for name in ("w_gate", "w_up", "w_down")}
+    if config.is_dense:
+        run = small_run(folder, "many ranks", model=model, parallel={"expert_parallel_size": 2})
+        with pytest.raises(UserError, match="needs a model with experts, this one is dense"):
+            resolve(run, 2)

@@ -94,7 +94,7 @@ def condensed_config(
     """The configuration of the model with some layers, counted among those with experts, condensed.
 
     Raises:
-        UserError: no layer with experts is left and one has factors, which a dense model has no place for.
+        UserError: no layer would be left.
     """
     moe, layers = config.moe, config.moe_layers()
     assert moe is not None, "its shape was asked for"
@@ -153,15 +153,13 @@ def _checked(plain: dict[str, Any], config: ModelConfig, gone: set[int]) -> Mode
 
 
 def _all_dense(plain: dict[str, Any]) -> dict[str, Any]:
-    """No experts are left: a dense model, if its layers are alike and have no factors."""
+    """No experts are left: a plain dense model if its layers are alike, else one of its family."""
     widths = set(plain["dense_layers"].values())
     factors = any(one["gated"] or one["scales"] for one in plain["condensed"].values())
+    if not widths:
+        raise UserError("--instead block-drop would leave no layer; choose fewer with --layers")
     if factors or len(widths) != 1 or 0 in widths:
-        raise UserError(
-            f"no layer with experts would be left, and layers have "
-            f"{'factors' if factors else f'widths {sorted(widths)}'}, which a dense model has no place for; leave a "
-            "layer with --layers"
-        )
+        return plain
     return plain | {
         "moe": None, "dense_layers": {}, "condensed": {}, "intermediate_size": widths.pop(), "family": None
     }  # fmt: skip

@@ -37,14 +37,18 @@ def weights_command(
         typer.Option(min=1, help="tokens of a text, longer ones are cut [as many as the model has positions]"),
     ] = None,
     max_texts: MaxTexts = None,
+    timeout_s: Timeout = 300.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """The mean weight of every expert over the tokens that choose it, in one pass."""
+    """The mean weight of every expert over the tokens that choose it, in one pass; under torchrun as the others."""
     from checkpoint_tools.condense.weights import run_weights
 
     check_output_file(out, overwrite=overwrite)
-    found, texts = run_weights(source, corpus, out, max_length=max_length, max_texts=max_texts)
+    result = run_weights(source, corpus, out, max_length=max_length, max_texts=max_texts, timeout_s=timeout_s)
+    if result is None:  # another rank than the first
+        return
+    found, texts = result
     idle = int((found.count_LE == 0).sum())
     if as_json:
         print_json({"written": str(out), "texts": len(texts.ids), "tokens": texts.num_tokens, "cut": texts.num_cut,

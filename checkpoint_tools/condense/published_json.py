@@ -35,7 +35,7 @@ class Shape:
     @classmethod
     def of(cls, config: ModelConfig) -> "Shape":
         """Of a model; UserError if it has no experts, or residual ones."""
-        if config.moe is None:
+        if config.moe is None or config.is_dense:
             raise UserError("the model has no layers with experts, so there is nothing to condense; give another")
         if config.moe.residual_experts:
             raise UserError(

@@ -33,6 +33,8 @@ class Texts:
 
     ids: tuple[Tensor, ...]  # (S,) int64 each, S >= 1
     num_cut: int = 0  # texts that were longer than the limit, of which only the beginning is here
+    first: int = 0  # of the corpus is the first text here,
+    step: int = 1  # and every so many-th after it
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -53,10 +55,14 @@ class Texts:
         """The same texts so many times, one whole row after the other."""
         return Texts(self.ids * count, self.num_cut)
 
+    def of_rank(self, rank: int, size: int) -> "Texts":
+        """A share of the texts, of one of several ranks; it may be empty."""
+        return Texts(self.ids[rank::size], self.num_cut, first=rank, step=size)
+
     def text_of(self, token: int) -> int:
-        """Which text a token belongs to."""
+        """Which text of the corpus a token belongs to."""
         ends = torch.tensor(self.lengths).cumsum(0)
-        return int((ends > token).nonzero()[0])
+        return self.first + self.step * int((ends > token).nonzero()[0])
 
 
 def read_texts(model: Source, corpus: Sequence[Path], max_length: int | None, max_texts: int | None = None) -> Texts:

@@ -147,7 +147,7 @@ def _expert_sizes(given: Any, num_experts: int, num_layers: int, total: int) -> 
 def _write(model: ModelConfig) -> dict[str, Any]:
     """The keys that `_read` reads."""
     moe = model.moe
-    if moe is None:
+    if moe is None or model.is_dense:
         raise UserError("LLaMA-MoE has experts in its layers, this model is dense; choose another family with --family")
     equal = [[moe.expert_hidden_size] * experts for experts in model.experts_of_layer()]
     sizes = moe.expert_sizes or equal

@@ -228,7 +228,7 @@ def _check(
     num_windows: int,
     world: World,
 ) -> None:
-    if config.moe is None:
+    if config.is_dense:
         raise UserError(f"{folder} is a dense model, profile counts experts; split it first")
     if num_windows == 0:
         each = f" for each of {world.size} ranks" if world.size > 1 else ""

@@ -98,7 +98,7 @@ def ruled(folder: Path, rule: Rule) -> ModelConfig:
     """The configuration of a checkpoint, under another rule if one is given; UserError as in `loaded`."""
     config, name = read_model_config(folder / "model.json"), rule.rule or ""
     given = {"--rule": rule.rule, "--profile": rule.profile, "--placement": rule.placement}
-    if config.moe is None:
+    if config.is_dense:
         for option, value in given.items():
             if value is not None:
                 raise UserError(f"{option} {value} needs a model with experts, {folder} is dense; leave it out")
@@ -122,7 +122,7 @@ def ruled(folder: Path, rule: Rule) -> ModelConfig:
 
 def _spread(config: ModelConfig, path: Path | None, ranks: int) -> tuple[Placement | None, int]:
     """Where experts live, and the most ranks that can share them."""
-    if config.moe is None:
+    if config.is_dense:
         return None, 1
     if path is not None:
         placement = _fitting(path, config)

@@ -32,7 +32,7 @@ def balance(
     losses = losses_of(section)
     for moe in (moe for model in stages for moe in model.moe_layers().values()):
         moe.losses = tuple(kind for _, kind in losses.values())
-        moe.has_padding = has_padding
+        moe.has_padding = has_padding and not section.reference_compat
         if section.noise:
             moe.router.add_noise(seed)
         if section.capacity_factor is not None:
