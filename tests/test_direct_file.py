@@ -47,14 +47,19 @@ def test_torch_reads_what_it_saved(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "file", weights_only=True), tensor)
 
 
-@pytest.mark.parametrize("room", [ROOM_BYTES // 2, ROOM_BYTES + 4096], ids=["at the end", "on the way"])
+def _write_rooms(path: Path) -> None:
+    with DirectFile(path) as file:
+        for _ in range(3):
+            file.write(bytes(ROOM_BYTES))
+
+
+@pytest.mark.parametrize("room", [ROOM_BYTES // 2, ROOM_BYTES + 4096], ids=["at once", "on the way"])
 def test_a_full_disk_is_told(room: int, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(OSError, match="File too large") as told, DirectFile(tmp_path / "file") as file:
-            for _ in range(3):
-                file.write(bytes(ROOM_BYTES))
+        with pytest.raises(OSError, match="File too large") as told:
+            _write_rooms(tmp_path / "file")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert told.value.errno == errno.EFBIG
