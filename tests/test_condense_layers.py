@@ -105,7 +105,8 @@ def test_a_candidate_runs_again_only_what_is_above_it(tmp_path: Path) -> None:
     search.distances([frozenset([2, c]) for c in (0, 1)])
     assert search.layer_forwards - before == 1 + 2 + 2 + 2
     alone = [search.distances([frozenset([c])])[0] for c in range(3)]
-    assert search.distances([frozenset([c]) for c in range(3)]) == pytest.approx(alone, rel=1e-5)
+    # Products of other numbers of rows round differently, and a distance is a small difference of float32 states.
+    assert search.distances([frozenset([c]) for c in range(3)]) == pytest.approx(alone, rel=1e-4)
 
 
 class Told(Search):
