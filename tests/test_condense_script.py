@@ -58,8 +58,8 @@ def test_one_command_and_two_ranks_leave_a_smaller_model(tmp_path: Path) -> None
     assert run_tool("condense", "weights", model, "--corpus", text, "--out", tmp_path / "weights") == 0
     by_two, by_one = (json.loads(path.read_text()) for path in (out / "weights.json", tmp_path / "weights"))
     assert by_two.keys() == by_one.keys()
-    for expert, (total, count, mean) in by_one.items():
-        assert by_two[expert] == [pytest.approx(total, rel=1e-6), count, pytest.approx(mean, rel=1e-6)]
+    for expert, (total, count, mean) in by_one.items():  # texts in other batches round differently in float32
+        assert by_two[expert] == [pytest.approx(total, rel=1e-5), count, pytest.approx(mean, rel=1e-5)]
     given = ("--corpus", text, "--weights", out / "weights.json", "--experts", 2)
     assert run_tool("condense", "experts", model, *given, "--out", tmp_path / "experts") == 0
     lists = ("--lists", out / "experts.json", "--layers", 2)

@@ -63,7 +63,9 @@ def test_ranks_count_shares_of_the_texts(tmp_path: Path) -> None:
     whole, shares = count_weights(source, texts), [texts.of_rank(rank, 7) for rank in range(7)]
     parts = [count_weights(source, share) for share in shares]
     assert torch.equal(torch.stack([part.count_LE for part in parts]).sum(dim=0), whole.count_LE)
-    torch.testing.assert_close(torch.stack([part.sum_LE for part in parts]).sum(dim=0), whole.sum_LE)
+    # Texts in other batches round differently in float32.
+    total_LE = torch.stack([part.sum_LE for part in parts]).sum(dim=0)
+    torch.testing.assert_close(total_LE, whole.sum_LE, rtol=1e-5, atol=0)
     share = texts.of_rank(1, 4)
     assert [share.text_of(0), share.text_of(share.num_tokens - 1)] == [1, 5]
 
