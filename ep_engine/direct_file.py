@@ -28,12 +28,12 @@ class DirectFile(io.BufferedIOBase):
     """Replaces the file at `path`. What the disk says comes from a later `write`, or from `close`."""
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        self._past_cache(path, on=True)
+        self._folder, self._pool = path.parent, ThreadPoolExecutor(1)
         self._room, self._other = (_room() for _ in range(2))
         self._filled, self._size = 0, 0
-        self._path, self._pool = path, ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._past_cache(on=True)
 
     def writable(self) -> bool:
         """It is."""
@@ -64,7 +64,7 @@ class DirectFile(io.BufferedIOBase):
             return
         try:
             self._wait()
-            self._past_cache(self._path, on=False)
+            self._past_cache(on=False)
             self._store(self._room[: self._filled])
         finally:
             super().close()
@@ -83,17 +83,17 @@ class DirectFile(io.BufferedIOBase):
             except OSError as error:
                 if error.errno != errno.EINVAL or not fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_DIRECT:
                     raise
-                self._past_cache(self._path, on=False)
-                _say_once(self._path.parent)
+                self._past_cache(on=False)
+                _say_once(self._folder)
 
-    def _past_cache(self, path: Path, *, on: bool) -> None:
+    def _past_cache(self, *, on: bool) -> None:
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         try:
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            _say_once(path.parent)
+            _say_once(self._folder)
 
 
 def _room() -> NDArray[np.uint8]:

@@ -33,8 +33,8 @@ class Texts:
 
     ids: tuple[Tensor, ...]  # (S,) int64 each, S >= 1
     num_cut: int = 0  # texts that were longer than the limit, of which only the beginning is here
-    first: int = 0  # of the corpus is the first text here,
-    step: int = 1  # and every so many-th after it
+    first: int = 0  # number in the corpus of the first text here
+    step: int = 1  # from a text here to the next, in the corpus
 
     @cached_property
     def lengths(self) -> list[int]:
