@@ -75,7 +75,7 @@ class StudySizes:
     parent_steps: int = 1500
     steps: int = 250
     tune_steps: int = 120
-    seeds: int = 5
+    seeds: int = 3
     profile_tokens: int = 65_536
     cluster_tokens: int = 4096  # of every cluster, for importance
     num_experts: int = 16  # of splits, residual ones included
@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="all stages on a small scale, meant for less than 15 minutes"
     )
-    parser.add_argument("--seeds", type=int, help="[5; 2 of --smoke]")
+    parser.add_argument("--seeds", type=int, help="[3; 2 of --smoke]")
     parser.add_argument("--out", type=Path, help="[runs/study, runs/study-smoke]")
     args = parser.parse_args()
     if args.seeds is not None and args.seeds < 1:

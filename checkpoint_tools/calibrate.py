@@ -38,6 +38,8 @@ def calibrate(
     moe, whole = open_source(folder), open_source(dense)
     if moe.kind != "engine" or moe.config.moe is None or whole.config.moe is not None:
         raise UserError(f"{folder} must be an engine checkpoint with experts, and {dense} a dense model; give such two")
+    if moe.config.moe.learned_scale:
+        raise UserError(f"{folder} has factors that are weights (add_weight_norm), which no calibration sets; train it")
     if whole.config.num_layers != moe.config.num_layers or whole.config.hidden_size != moe.config.hidden_size:
         raise UserError(
             f"{folder} has {moe.config.num_layers} layers of width {moe.config.hidden_size}, {dense} "

@@ -98,6 +98,9 @@ def split_command(
     files: Annotated[Path | None, typer.Option(help="of published: a folder of split files")] = None,
     importance: Annotated[Path | None, typer.Option(help="of gradient: a folder of scores for every expert")] = None,
     assignment: Annotated[Assignment, typer.Option(help="of gradient: best sum; published; best of each")] = "optimal",
+    expert_size: Annotated[
+        int | None, typer.Option(min=1, help="of --assignment shared: neurons of an expert [an equal share]")
+    ] = None,
     corpus: Annotated[
         list[Path] | None, typer.Option(help="of coactivation: .jsonl and .txt files, or folders of them")
     ] = None,
@@ -130,7 +133,7 @@ def split_command(
         typer.Option(help="combine weights: softmax over the chosen; their sigmoids over the sum"),
     ] = "softmax_of_chosen",
     score_scale: Annotated[
-        float | None, typer.Option(help="factor on the combine weights [default: experts / top-k]")
+        str | None, typer.Option(help="factor on the combine weights, or 4,2.5,... of every layer [experts / top-k]")
     ] = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -143,13 +146,22 @@ def split_command(
     from checkpoint_tools.partition import PartitionOptions
 
     texts = (tuple(corpus or ()), max_tokens, sequence_length, kernel, threshold, reference_compat)
-    partition = PartitionOptions(method, metric, on, files, importance, assignment, *texts)
+    partition = PartitionOptions(method, metric, on, files, importance, assignment, expert_size, *texts)
     partition.check()
     if method == "coactivation" and dry_run:
         raise UserError("--dry-run cannot foretell --method coactivation, which first reads the text; leave one out")
     check_output_folder(out, overwrite=overwrite)
     options = split.SplitOptions(
-        num_experts, top_k, seed, gate, score_scale, partition, residual_experts, gate_init, score, gate_noise
+        num_experts,
+        top_k,
+        seed,
+        gate,
+        split.parse_scales(score_scale),
+        partition,
+        residual_experts,
+        gate_init,
+        score,
+        gate_noise,
     )
     _run(split.prepare(source, out, options), How(overwrite, resume, check_logits), dry_run, as_json)
 

@@ -3,25 +3,30 @@
 open the source -> tensors that are made when they are written -> draft -> the same logits? -> the final name
 """
 
+import hashlib
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint_tools.forward import outputs
 from checkpoint_tools.source import Source, open_source
 from checkpoint_tools.verify import TOLERANCE, LogitGap, compare_outputs, random_tokens
+from ep_engine.checkpoint import read_manifest
+from ep_engine.checksum import checksum
 from ep_engine.deferred import Tensors
 from ep_engine.draft import Draft, drafted
 from ep_engine.errors import Fault
 from ep_engine.model_config import ModelConfig
-from ep_engine.progress import byte_bar
+from ep_engine.progress import byte_bar, track
 from ep_engine.version import VERSION
 from ep_engine.whole_model import check_tensors, write_into
 
@@ -62,6 +67,7 @@ class Conversion:
         options: of the command, by which an interrupted run is known again.
         tensors: what is written, given the draft that it is written into.
         held_bytes: kept in memory beside the tensors that are being written.
+        alike: what weights of the output that the source does not have must be, made from the source in another way.
         compare: how far the logits of source and output may be apart; None: they are not expected to be the same.
         all_experts: compare them with every expert on.
     """
@@ -72,6 +78,7 @@ class Conversion:
     options: Mapping[str, Any]
     tensors: Callable[[Draft], Tensors]
     held_bytes: int = 0
+    alike: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     compare: float | None = TOLERANCE
     all_experts: bool = False
 
@@ -92,13 +99,14 @@ class Conversion:
 
         Raises:
             UserError: the output exists or is being made by somebody else.
-            Fault: it does not compute what the source computes, or the disk is full.
+            Fault: a weight is not that of the source, or it does not compute what the source computes.
+            NoRoom: the disk is full.
         """
         about = {
             "tool": self.tool,
             "version": VERSION,
             "source": str(self.source.folder.resolve()),
-            "state of the source": _state(self.source.folder),
+            "state of the source": state_of(self.source.folder),
             "options": dict(self.options),
         }
         with drafted(self.out, about, overwrite=how.overwrite, resume=how.resume) as draft:
@@ -106,16 +114,27 @@ class Conversion:
             total = sum(deferred.num_bytes for deferred in tensors.deferred.values())
             with byte_bar(f"writing {self.out.name}", total) as advance:
                 self.write(draft, tensors, advance)
-            return self._compared(draft) if how.check_logits else None
+            if not how.check_logits:
+                return None
+            made = open_source(draft.folder)
+            self._check_weights(made)
+            return self._compared(made)
 
     def manifest(self) -> dict[str, Any]:
-        """What an output says of how it came about."""
-        return {
+        """What an output says of how it came about; with hashes of the split it comes from, and of its placement."""
+        about: dict[str, Any] = {
             "tool": self.tool,
             "source": str(self.source.folder),
             "source_hash": self.source.hash(),
             "options": dict(self.options),
         }
+        kept = read_manifest(self.source.folder) if self.source.kind == "engine" else {}
+        if "split_hash" in kept:
+            about["split_hash"] = kept["split_hash"]
+        devices = self.model.moe and self.model.moe.routing.device_of_expert
+        if devices:
+            about["placement_hash"] = hashlib.sha256(json.dumps(devices).encode()).hexdigest()
+        return about
 
     def estimate(self) -> Estimate:
         """What it would need, from the first layer, or a part of it, which is made and written, and deleted."""
@@ -144,8 +163,21 @@ class Conversion:
             seconds=seconds * total / sum(sizes[name] for name in sample),
         )
 
-    def _compared(self, draft: Draft) -> LogitGap:
-        made = open_source(draft.folder)
+    def _check_weights(self, made: Source) -> None:
+        """Fault unless what was written is, under every name that both have, what is in the source, to the bit.
+
+        So an expert that was lost, doubled or changed on its way is found also where no token of the next check comes.
+        """
+        both = [name for name in made.tensors if name in self.source.tensors.deferred]
+        for name in track([*both, *self.alike], "checking weights"):
+            wanted = self.alike[name]() if name in self.alike else self.source.tensors[name]
+            found = made.tensors[name]
+            if found.dtype != wanted.dtype or found.shape != wanted.shape or checksum(found) != checksum(wanted):
+                raise Fault(
+                    f"{_in_words(name)} is not that of {self.source.folder} any more; this is our bug, report it"
+                )
+
+    def _compared(self, made: Source) -> LogitGap:
         tokens = random_tokens(self.source.config, made.config, seed=0)
         before, after = (
             outputs(one.config, one.tensors, tokens, all_experts=self.all_experts) for one in (self.source, made)
@@ -190,7 +222,15 @@ class ToCheckpoint(Conversion):
         write_into(draft, self.config, tensors, source=self.source.folder, made=made, advance=advance)
 
 
-def _state(folder: Path) -> list[tuple[str, int, int]]:
+def _in_words(entry: str) -> str:
+    """`w_up of expert 3 of layer 1` for an expert's weight."""
+    parts = entry.split(".")
+    if ".moe.experts." not in entry:
+        return entry
+    return f"{parts[5]} of expert {parts[4]} of layer {parts[1]}"
+
+
+def state_of(folder: Path) -> list[tuple[str, int, int]]:
     """Names, sizes and times of all files, by which a changed source is known."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]

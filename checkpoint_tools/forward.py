@@ -109,7 +109,12 @@ def _mixture(
         here = shares_TE[:, expert].nonzero()[:, 0]
         if len(here):
             y_TD[here] += shares_TE[here, expert, None] * expert_output(x_TD[here], layer, expert, tensors)
-    return y_TD + beside(x_TD, moe, layer, tensors, all_experts=all_experts)
+    beside_TD = beside(x_TD, moe, layer, tensors, all_experts=all_experts)
+    if moe.residual_weighting and not all_experts:
+        weight = tensors[f"layers.{layer}.moe.residual_weighting.weight"].float()
+        shares_T2 = F.linear(x_TD, weight).softmax(dim=1)
+        return shares_T2[:, :1] * y_TD + shares_T2[:, 1:] * beside_TD
+    return y_TD + beside_TD
 
 
 def routed(x_TD: Tensor, config: ModelConfig, layer: int, tensors: Tensors) -> Routing:
@@ -127,7 +132,9 @@ def expert_output(x_TD: Tensor, layer: int, expert: int, tensors: Tensors) -> Te
 
 
 def beside(x_TD: Tensor, moe: MoEConfig, layer: int, tensors: Tensors, *, all_experts: bool = False) -> Tensor:
-    """What every token of a layer goes through beside the experts that it chooses; zeros if there is nothing."""
+    """What every token of a layer goes through beside the experts that it chooses, not weighed against them; zeros if
+    there is nothing.
+    """
     at = f"layers.{layer}.moe"
     y_TD = torch.zeros_like(x_TD)
     if moe.shared_hidden_size:

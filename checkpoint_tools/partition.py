@@ -43,7 +43,7 @@ _READ: dict[Method, tuple[str, ...]] = {
     "random": (),
     "clustering": ("metric", "on", "reference_compat"),
     "coactivation": ("on", "corpus", "max_tokens", "sequence_length", "kernel", "most"),
-    "gradient": ("on", "importance", "assignment", "reference_compat"),
+    "gradient": ("on", "importance", "assignment", "expert_size", "reference_compat"),
     "published": ("on", "files"),
 }
 _NEEDED: dict[Method, dict[str, str]] = {
@@ -63,6 +63,7 @@ class PartitionOptions:
     files: Path | None = None  # of published: folder of split files
     importance: Path | None = None  # of gradient: folder of importance files
     assignment: Assignment = "optimal"  # of gradient
+    expert_size: int | None = None  # S of assignment shared; None: an equal share
     corpus: tuple[Path, ...] = ()  # of coactivation: documents
     max_tokens: int = 16384  # of the corpus
     sequence_length: int = 512
@@ -80,6 +81,11 @@ class PartitionOptions:
             if getattr(self, option.name) != option.default and option.name not in _READ[self.method]:
                 name = "threshold" if option.name == "most" else option.name.replace("_", "-")
                 raise UserError(f"--{name} has no effect on --method {self.method}; leave it out")
+        if self.expert_size is not None and self.assignment != "shared":
+            raise UserError(
+                f"--expert-size {self.expert_size} has no effect on --assignment {self.assignment}, which gives every "
+                "neuron to one expert; leave it out"
+            )
         for needed, what in _NEEDED.get(self.method, {}).items():
             if not getattr(self, needed):
                 raise UserError(f"--method {self.method} needs --{needed}, {what}; give it")
@@ -100,6 +106,8 @@ class PartitionOptions:
             },
             "gradient": {"importance": str(self.importance), "on": self.on, "assignment": self.assignment},
         }
+        if self.expert_size is not None:
+            own["gradient"]["expert_size"] = self.expert_size
         compat = {"reference_compat": True} if self.reference_compat else {}
         return {"method": self.method, **own[self.method], **compat}
 
@@ -110,7 +118,7 @@ class Partitioner:
     Args:
         options: how.
         num_experts: E.
-        width: N, which the number of all experts divides.
+        width: N, which the number of all experts divides unless sizes are told otherwise.
         seed: of shuffles and of first centres.
         residual: experts that every token goes through, which come first.
 
@@ -120,7 +128,7 @@ class Partitioner:
 
     def __init__(self, options: PartitionOptions, num_experts: int, width: int, seed: int, residual: int = 0) -> None:
         self._options, self._num_experts, self._width, self._seed = options, num_experts, width, seed
-        self._residual, self._size = residual, width // (num_experts + residual)
+        self._residual, self._size = residual, options.expert_size or width // (num_experts + residual)
         self._scores = None
         if options.importance is not None:
             self._scores = Importance(
@@ -152,13 +160,15 @@ class Partitioner:
             yield layer, *graph.partition(self._num_experts, self._seed)
 
     def layer(self, layer: int, ffn: Mapping[str, Tensor]) -> Neurons:
-        """The neurons of every expert, ascending, but of files in the order of the file; UserError for a bad file."""
+        """The neurons of every expert, ascending; of files in the order of the file, and where published files are
+        lists the most important first. UserError for a bad file.
+        """
         options = self._options
         if options.files is not None:
             total = self._num_experts + self._residual
             return read_split_file(file_of(options.files, layer, options.on), total, self._width)
         if self._scores is not None:
-            return [np.sort(neurons) for neurons in self._by_scores(self._scores.layer(layer))]
+            return self._by_scores(self._scores.layer(layer))
         if options.method == "random":
             return random_partition(self._width, self._num_experts, self._seed, layer)
         rows_ND = F.normalize(ffn["w_up" if options.on == "up_proj" else "w_gate"].float(), dim=1)
@@ -171,9 +181,11 @@ class Partitioner:
         common = residual(score_EN, self._size, self._residual) if self._residual else []
         free_N = np.ones(self._width, dtype=bool)
         free_N[np.concatenate([np.empty(0, np.int64), *common])] = False
-        if self._options.assignment == "optimal":
-            return [*common, *optimal(score_EN, free_N)]
-        return [*common, *_WAYS[self._options.assignment](score_EN, self._size, free_N)]
+        way = self._options.assignment
+        own = optimal(score_EN, free_N) if way == "optimal" else _WAYS[way](score_EN, self._size, free_N)
+        if not common and way != "shared":
+            return [np.sort(neurons) for neurons in own]
+        return [*common, *(n[np.argsort(-score_N[n], kind="stable")] for n, score_N in zip(own, score_EN, strict=True))]
 
 
 def _parts(source: Source, options: PartitionOptions) -> list[Tensor]:

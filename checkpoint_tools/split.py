@@ -3,11 +3,13 @@
     FFN(x) = W_down (silu(W_gate x) * (W_up x)) is a sum over hidden neurons, so for any partition of the neurons the
     sum over experts is the dense FFN, exactly.
 
-Neuron n is row n of w_gate and w_up and column n of w_down. Shapes: N neurons, D model dim, E experts, F = N / E.
+Neuron n is row n of w_gate and w_up and column n of w_down. Shapes: N neurons, D model dim, E experts, F neurons of the
+largest.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -25,7 +28,7 @@ from checkpoint_tools.conversion import How, ToCheckpoint
 from checkpoint_tools.gates import mean_directions, new_gate, new_residual_gate
 from checkpoint_tools.partition import Partitioner, PartitionOptions
 from checkpoint_tools.source import Source, check_apart, open_source
-from checkpoint_tools.split_files import covers_once, file_of, write_split_file
+from checkpoint_tools.split_files import covers_once, file_of, read_split_file, write_split_file
 from checkpoint_tools.verify import TOLERANCE
 from ep_engine.checksum import add, unordered_checksum
 from ep_engine.deferred import Deferred, Tensors
@@ -45,7 +48,7 @@ class SplitOptions:
     top_k: int
     seed: int = 0
     gate: str = "mlp"  # `mlp` or `linear`
-    score_scale: float | None = None  # None: E / k, which keeps the magnitude of the FFN's output
+    score_scale: float | list[float] | None = None  # or of every layer; None: E / k, which keeps the FFN's magnitude
     partition: PartitionOptions = field(default_factory=PartitionOptions)
     residual: int = 0  # experts that every token goes through, of the neurons that most clusters want, or as files say
     gate_init: Literal["random", "neurons"] = "random"  # neurons: the mean direction of an expert's rows
@@ -61,23 +64,24 @@ def split(source: Path, out: Path, options: SplitOptions, *, overwrite: bool = F
 
 
 def prepare(source: Path, out: Path, options: SplitOptions) -> ToCheckpoint:
-    """Split every FFN into equal experts: an engine checkpoint with `split.json` beside the weights.
+    """Split every FFN into experts: an engine checkpoint with `split.json` beside the weights.
 
-    Split files as LLaMA-MoE publishes them lie in `split/`. Where every neuron is in one expert, as it is but for
-    assignment `shared` and some published files, each layer's experts are checked to be the neurons of the source, bit
-    for bit, and the model with all experts on to be the dense model.
+    Experts are equal, unless published files say otherwise or they share neurons; smaller ones are filled up with
+    zeros, which changes no output. Split files as LLaMA-MoE publishes them lie in `split/`. Where every neuron is in
+    one expert, as it is but for assignment `shared` and some published files, each layer's experts are checked to be
+    the neurons of the source, bit for bit, and the model with all experts on to be the dense model.
 
     Args:
         source: dense Hugging Face folder or engine checkpoint.
         out: checkpoint to write.
-        options: the number of all experts must divide the FFN width; top_k in 1..num_experts.
+        options: the number of all experts must divide the FFN width where they are equal; top_k in 1..num_experts.
 
     Raises:
         UserError: the model is a MoE already or has FFN biases, or the sizes do not fit.
     """
     check_apart(source, out)
     model = open_source(source)
-    config = moe_config(model.config, options)
+    config = moe_config(model.config, options, _sizes(model.config, options))
     cut = _Cut(model, config, options)
     ffn_bytes = sum(model.tensors.deferred[f"layers.0.ffn.{name}.weight"].num_bytes for name in WEIGHTS)
     return ToCheckpoint(
@@ -94,16 +98,32 @@ def prepare(source: Path, out: Path, options: SplitOptions) -> ToCheckpoint:
     )
 
 
-def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
-    """The configuration of the split model; UserError if it cannot be made."""
-    e, width = options.num_experts + options.residual, dense.intermediate_size
+def _sizes(dense: ModelConfig, options: SplitOptions) -> list[list[int]] | None:
+    """[L][r + E]: the neurons of every expert, if they are not equal shares of the FFN; UserError for a bad file."""
+    of, width, all_experts = options.partition, dense.intermediate_size, options.num_experts + options.residual
+    if of.files is not None:
+        layers = (file_of(of.files, layer, of.on) for layer in range(dense.num_layers))
+        return [[len(neurons) for neurons in read_split_file(path, all_experts, width)] for path in layers]
+    if of.expert_size is None:
+        return None
+    if (options.residual + 1) * of.expert_size > width:
+        raise UserError(
+            f"--expert-size ({of.expert_size}) of {options.residual} residual experts and one other is more than the "
+            f"FFN width ({width}); choose a smaller one"
+        )
+    return [[of.expert_size] * all_experts] * dense.num_layers
+
+
+def moe_config(dense: ModelConfig, options: SplitOptions, sizes: list[list[int]] | None = None) -> ModelConfig:
+    """The configuration of the split model, of equal experts or of `sizes`; UserError if it cannot be made."""
+    e, width, r = options.num_experts + options.residual, dense.intermediate_size, options.residual
     if dense.moe is not None:
         raise UserError(f"the model has {dense.moe.num_experts} experts per layer already; split takes a dense model")
     if dense.mlp_bias:
         raise UserError(
             "the FFNs have biases (mlp_bias is true), which no expert can own; split takes FFNs without biases"
         )
-    if e < 1 or width % e:
+    if sizes is None and (e < 1 or width % e):
         near = [n for n in range(1, min(width, 256) + 1) if width % n == 0]
         best = sorted(sorted(near, key=lambda n: abs(n - e))[:3])
         what = f"--num-experts and --residual-experts ({e} in all)" if options.residual else f"--num-experts ({e})"
@@ -116,11 +136,18 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
             f"--residual-experts ({options.residual}) has no effect on --method {options.partition.method}; leave it "
             "out"
         )
+    of_layer = sizes or [[width // e] * e] * dense.num_layers
+    own = {size for row in of_layer for size in row[:r]}
+    if len(own) > 1:
+        raise UserError(f"residual experts must be of one size, the files have {sorted(own)[:9]}; correct them")
+    routed = [row[r:] for row in of_layer]
+    largest = max(map(max, routed))
     try:
         moe = MoEConfig(
             num_experts=options.num_experts,
             top_k=options.top_k,
-            expert_hidden_size=width // e,
+            expert_hidden_size=largest,
+            expert_sizes=None if all(size == largest for row in routed for size in row) else routed,
             gate=options.gate,  # pydantic checks it
             gate_noise=options.gate_noise,
             score=options.score,
@@ -129,12 +156,24 @@ def moe_config(dense: ModelConfig, options: SplitOptions) -> ModelConfig:
             if options.score_scale is None
             else options.score_scale,
             residual_experts=options.residual,
-            residual_hidden_size=width // e if options.residual else 0,
+            residual_hidden_size=max(own, default=0),
             residual_scale=float(max(options.residual, 1)),  # at equal shares their plain sum
         )
+        made = dense.model_copy(update={"moe": moe, "family": None, "intermediate_size": max(map(sum, of_layer))})
+        return ModelConfig.model_validate(made.model_dump())
     except ValidationError as error:
         raise UserError(first_sentence(error)) from None
-    return dense.model_copy(update={"moe": moe, "family": None})
+
+
+def parse_scales(text: str | None) -> float | list[float] | None:
+    """--score-scale as a number, or as one for every layer."""
+    try:
+        scales = [] if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = [math.nan]
+    if not all(map(math.isfinite, scales)):
+        raise UserError(f"--score-scale ({text}) must be a number, or numbers with commas between; correct it")
+    return scales if len(scales) > 1 else next(iter(scales), None)
 
 
 class _Cut:
@@ -171,8 +210,9 @@ class _Cut:
                     entry = (
                         f"{at}.residual.each.{number}.{name}.weight" if routed < 0 else f"{at}.experts.{routed}.{name}"
                     )
-                    shape = (d, f) if name == "w_down" else (f, d)
-                    deferred[entry] = Deferred(shape, dtype, self._maker(draft, layer, number, name))
+                    wide = self.moe.residual_hidden_size if routed < 0 else f
+                    shape = (d, wide) if name == "w_down" else (wide, d)
+                    deferred[entry] = Deferred(shape, dtype, self._maker(draft, layer, number, name, wide))
         return Tensors(deferred)
 
     def _gate(self, draft: Draft, layer: int, dtype: torch.dtype) -> dict[str, Deferred]:
@@ -207,16 +247,21 @@ class _Cut:
             record["cuts"] = json.loads(_cuts(draft).read_text())  # [L]: share of the graph's weight between experts
         text = json.dumps(record)
         (draft.folder / "split.json").write_text(text)
-        if all(covers_once(experts, self.width) for experts in layers):
-            (draft.folder / "split").mkdir(exist_ok=True)
-            for layer, neurons in enumerate(layers):
-                path = file_of(draft.folder / "split", layer, self.options.partition.on)
-                write_split_file(path, neurons, self.width, as_lists=self.options.residual > 0)
+        (draft.folder / "split").mkdir(exist_ok=True)
+        as_lists = self.options.residual > 0 or not all(covers_once(experts, self.width) for experts in layers)
+        for layer, neurons in enumerate(layers):
+            path = file_of(draft.folder / "split", layer, self.options.partition.on)
+            write_split_file(path, neurons, self.width, as_lists=as_lists)
         shutil.rmtree(draft.folder / "partition")
         return {"split_hash": hashlib.sha256(text.encode()).hexdigest()}
 
-    def _maker(self, draft: Draft, layer: int, expert: int, name: str) -> Callable[[], Tensor]:
-        return lambda: self._experts(draft, layer)[expert][name]
+    def _maker(self, draft: Draft, layer: int, expert: int, name: str, wide: int) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            part = self._experts(draft, layer)[expert][name]
+            zeros = wide - part.shape[1 if name == "w_down" else 0]
+            return F.pad(part, (0, zeros) if name == "w_down" else (0, 0, 0, zeros)) if zeros else part
+
+        return make
 
     def _experts(self, draft: Draft, layer: int) -> list[dict[str, Tensor]]:
         wanted = range(layer, min(layer + 2, self.config.num_layers))
@@ -238,7 +283,8 @@ class _Cut:
         """Of a layer, from a file where a run that was interrupted left them."""
         path = _file(draft, layer)
         if path.is_file():
-            return list(np.load(path))
+            with np.load(path) as kept:
+                return [kept[name] for name in kept.files]
         given = ffn or {name: self.whole[f"layers.{layer}.ffn.{name}.weight"] for name in WEIGHTS}
         neurons = self.partitioner.layer(layer, given)
         _keep(path, neurons)
@@ -258,7 +304,7 @@ class _Cut:
 
 
 def _file(draft: Draft, layer: int) -> Path:
-    return draft.folder / "partition" / f"{layer}.npy"
+    return draft.folder / "partition" / f"{layer}.npz"
 
 
 def _cuts(draft: Draft) -> Path:
@@ -266,8 +312,8 @@ def _cuts(draft: Draft) -> Path:
 
 
 def _keep(path: Path, neurons: Neurons) -> None:
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, np.stack(neurons))
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, *neurons)
     partial.rename(path)
 
 

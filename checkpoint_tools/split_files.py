@@ -26,43 +26,52 @@ def file_of(folder: Path, layer: int, projection: str) -> Path:
 
 
 def read_split_file(path: Path, num_experts: int, width: int) -> Neurons:
-    """The neurons of every expert: ascending of labels, else in the order of the file.
+    """The neurons of every expert: ascending of labels, else in the order of the file; of any number, not all of them.
 
     Args:
         path: of one layer.
         num_experts: E.
-        width: N; each expert has N / E neurons.
+        width: N.
 
     Raises:
         UserError: the file is missing or damaged or wants to run something, or does not hold such experts.
     """
     value = plain_pickle(_pickle_in(path), path)
+    label_N, experts = _whole_numbers(value), list[NDArray[np.int64]]()
+    if label_N is not None and label_N.shape == (width,) and label_N.min() >= 0 and label_N.max() < num_experts:
+        experts = [np.flatnonzero(label_N == expert) for expert in range(num_experts)]
+    elif isinstance(value, (list, tuple, np.ndarray)) and len(value) == num_experts:
+        rows = [_whole_numbers(row) for row in value]
+        experts = [row for row in rows if row is not None and _are_neurons(row, width)]
+    if len(experts) != num_experts or not all(map(len, experts)):
+        shape = "" if label_N is None else f" of {len(label_N)} numbers"
+        raise UserError(
+            f"{path} must hold {width} labels in 0..{num_experts - 1}, each of them there, or {num_experts} lists of "
+            f"distinct neurons in 0..{width - 1}; got {type(value).__name__}{shape}; correct --num-experts or the file"
+        )
+    return experts
+
+
+def _whole_numbers(value: object) -> NDArray[np.int64] | None:
+    """A list of whole numbers; None if it is none."""
     try:
         found = np.asarray(value)
     except ValueError:  # lists of different lengths
-        found = np.empty(0)
-    whole = found.dtype.kind in "iuf" and bool((found == np.floor(found)).all())
-    if whole and found.shape == (width,):
-        experts = [np.flatnonzero(found == expert) for expert in range(num_experts)]
-        whole = found.min() >= 0 and found.max() < num_experts
-    elif whole and found.shape == (num_experts, width // num_experts):
-        experts = list(found.astype(np.int64))
-        whole = found.min() >= 0 and found.max() < width and all(len(set(row.tolist())) == len(row) for row in found)
-    else:
-        whole = False
-    if not whole or any(len(neurons) != width // num_experts for neurons in experts):
-        raise UserError(
-            f"{path} must hold {width} labels in 0..{num_experts - 1}, {width // num_experts} of each, or "
-            f"{num_experts} lists of so many distinct neurons; got {type(value).__name__} of shape {found.shape}; "
-            "correct --num-experts or the file"
-        )
-    return experts
+        return None
+    if found.ndim != 1 or found.dtype.kind not in "iuf" or bool((found != np.floor(found)).any()):
+        return None
+    return found.astype(np.int64) if len(found) and bool((abs(found) < 2**53).all()) else None
+
+
+def _are_neurons(row: NDArray[np.int64], width: int) -> bool:
+    return bool(row.min() >= 0 and row.max() < width) and len(set(row.tolist())) == len(row)
 
 
 def write_split_file(path: Path, experts: Neurons, width: int, *, as_lists: bool = False) -> None:
     """Labels as a list of ints, as the published random split writes them; every neuron belongs to one expert.
 
-    `as_lists`: the neurons of every expert, as the published split with residual experts, which come first, has it.
+    `as_lists`: the neurons of every expert, as published splits have it where a neuron may be in several experts or in
+    none, and those with residual experts, which come first.
     """
     if as_lists:
         torch.save([neurons.tolist() for neurons in experts], path)

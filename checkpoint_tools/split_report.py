@@ -70,10 +70,12 @@ def save_split_picture(path: Path, record: dict[str, Any], scores: Importance | 
 
 
 def draw_split(record: dict[str, Any], scores: Importance | None = None) -> Figure:
-    """The mean overlap of experts over layers; how many experts a neuron has; of scores, those that neurons have from
-    their own expert beside those from others, over all layers.
+    """The mean overlap of experts over layers; how many experts a neuron has; how many neurons an expert has, as the
+    mean over layers, the least and the most; of scores, those that neurons have from their own expert beside those from
+    others, over all layers.
     """
-    figure, axes = plt.subplots(1, 2 if scores is None else 3, figsize=(5.2 * (2 if scores is None else 3), 4.4))
+    count = 3 if scores is None else 4
+    figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.4))
     residual = record.get("residual_experts", 0)
     mean_EE = overlaps(record).mean(axis=0)
     drawn = axes[0].imshow(mean_EE, vmin=0, vmax=1, cmap="viridis")
@@ -84,14 +86,19 @@ def draw_split(record: dict[str, Any], scores: Importance | None = None) -> Figu
     most = int(times.max())
     axes[1].bar(range(most + 1), np.bincount(times, minlength=most + 1) / len(times))
     axes[1].set(title="experts of a neuron", xlabel="experts", ylabel="share of neurons", xticks=range(most + 1))
+    size_LE = np.array([[len(neurons) for neurons in experts] for experts in record["neurons"]])
+    mean_E = size_LE.mean(axis=0)
+    beyond_2E = np.stack([mean_E - size_LE.min(axis=0), size_LE.max(axis=0) - mean_E])
+    axes[2].bar(range(len(mean_E)), mean_E, yerr=beyond_2E, capsize=2)
+    axes[2].set(title=f"neurons of an expert{named}", xlabel="expert", ylabel="neurons")
     if scores is not None:
         own, others = _scores(record, scores)
         low = max(min(float(own[own > 0].min(initial=1)), float(others[others > 0].min(initial=1))), 1e-12)
         bins = np.geomspace(low, max(float(own.max()), float(others.max()), 2 * low), _BINS)
         for label, values in (("for other experts", others), ("for its own", own)):
-            axes[2].hist(values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.6, label=label)
-        axes[2].set(title="importance of a neuron", xlabel="score", ylabel="share of neurons", xscale="log")
-        axes[2].legend()
+            axes[3].hist(values, bins=bins, weights=np.full(len(values), 1 / len(values)), alpha=0.6, label=label)
+        axes[3].set(title="importance of a neuron", xlabel="score", ylabel="share of neurons", xscale="log")
+        axes[3].legend()
     figure.suptitle(
         f"split by {record['method']}: {record['intermediate_size']} neurons, {record['num_experts']} experts"
     )

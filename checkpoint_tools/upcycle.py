@@ -84,6 +84,7 @@ def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
     moe = config.moe
     assert moe is not None, "it was just made"
     kept, whole = model.tensors.deferred, model.hashed()
+    alike: dict[str, Callable[[], Tensor]] = {}
     deferred = {name: one for name, one in kept.items() if ".ffn." not in name}
     for layer in range(config.num_layers):
         ffn = {name: f"layers.{layer}.ffn.{name}.weight" for name in WEIGHTS}
@@ -108,6 +109,8 @@ def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
                 make = _maker(whole, entry, name, options, layer, expert, factor)
                 shape = (d, f) if name == "w_down" else (f, d)
                 deferred[f"{at}.experts.{expert}.{name}"] = Deferred(shape, dtype, make)
+                if not (options.noise or options.drop):
+                    alike[f"{at}.experts.{expert}.{name}"] = _slice(model.tensors, entry, name, options, expert, factor)
     tensors = Tensors(deferred)
     return ToCheckpoint(
         source=model,
@@ -116,6 +119,7 @@ def prepare(source: Path, out: Path, options: UpcycleOptions) -> ToCheckpoint:
         options=asdict(options),
         config=config,
         tensors=lambda _: tensors,
+        alike=alike,
         compare=TOLERANCE if _preserves(options) else None,
     )
 
@@ -140,6 +144,24 @@ def _maker(
         if name == "w_down" and options.residual:
             return torch.zeros_like(part)
         return part if factor == 1.0 else (part.float() * factor).to(part.dtype)
+
+    return make
+
+
+def _slice(
+    dense: Tensors, entry: str, name: str, options: UpcycleOptions, expert: int, factor: float
+) -> Callable[[], Tensor]:
+    """What an expert of a copy without changes must be: its rows or columns, one slice after the other."""
+
+    def make() -> Tensor:
+        whole = dense[entry].T if name == "w_down" else dense[entry]
+        size = len(whole) // options.granularity
+        first = expert % options.granularity * size
+        rows = whole[first : first + size].contiguous()
+        if name == "w_down" and options.residual:
+            rows = torch.zeros_like(rows)
+        scaled = rows if factor == 1.0 else (rows.float() * factor).to(rows.dtype)
+        return scaled.T if name == "w_down" else scaled
 
     return make
 

@@ -160,7 +160,8 @@ def _width(config: ModelConfig) -> int:
     moe = config.moe
     if moe is None:
         return config.intermediate_size
-    return moe.num_experts * moe.expert_hidden_size + moe.residual_experts * moe.residual_hidden_size
+    experts = moe.num_experts * moe.expert_hidden_size if moe.expert_sizes is None else max(map(sum, moe.expert_sizes))
+    return experts + moe.residual_experts * moe.residual_hidden_size
 
 
 def _entry_differences(a: Source, b: Source, *, all_experts: bool) -> tuple[list[str], list[str], list[str]]:

@@ -1,8 +1,9 @@
 // choose_experts: logits -> scores -> a selection rule -> K expert ids and their combine weights, per token.
 // choose_experts_backward: gradients of the weights -> gradients of the logits. The choice has none.
 //
-// Scores. kSoftmax: over all experts. kSoftmaxOfChosen: over the K chosen. kSigmoid: of each.
-// `renormalise` divides the K weights by their sum; `scale` multiplies them.
+// Scores. kSoftmax: over all experts. kSoftmaxOfChosen: over the K chosen. kSigmoid: of each. kLogit: the
+// logits themselves. `renormalise` divides the K weights by their sum, not those of kLogit, which may be 0;
+// `scale` multiplies them.
 //
 // Selection goes by the logits, or by scores + bias where there is a bias or groups are scored by two
 // experts. Of equals the lower id wins. A NaN is never preferred; ids are distinct and in range whatever the
@@ -31,7 +32,7 @@ namespace ep {
 constexpr int64_t kMaxExperts = 1024;
 constexpr int64_t kMaxChoices = 32;
 
-enum class Score { kSoftmax, kSoftmaxOfChosen, kSigmoid };
+enum class Score { kSoftmax, kSoftmaxOfChosen, kSigmoid, kLogit };
 enum class Rule { kTopK, kGroupLimited, kC2R, kC2RGrouped, kGiven };
 
 struct ChooseExpertsArgs {
@@ -49,7 +50,7 @@ struct ChooseExpertsArgs {
   int64_t group_top;        // 1 or 2
   Rule rule;
   Score score;
-  bool renormalise;
+  bool renormalise;  // false of kLogit
   float scale;
   int64_t* ids;    // [num_tokens, top_k]; the best first
   float* weights;  // [num_tokens, top_k]

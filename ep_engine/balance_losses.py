@@ -18,6 +18,8 @@ from torch import Tensor
 from ep_engine.config import BalanceSection
 from ep_engine.router import Routing
 
+_CLOSED = -1e9  # a logit that no noise reaches; at infinity gradients would be no numbers
+
 
 class Seen(NamedTuple):
     """What the losses see of a rank's tokens in one layer."""
@@ -33,9 +35,9 @@ class Seen(NamedTuple):
             x = torch.where(self.counts_T[:, None], x, 0.0)
         return x.sum(dim=0)
 
-    def load(self, ids_TK: Tensor) -> Tensor:
-        """Tokens that chose each expert, float32."""
-        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device)
+    def load(self, ids_TK: Tensor, kept_TK: Tensor | None = None) -> Tensor:
+        """Tokens that chose each expert, float32; of choices that are kept."""
+        ones_TK = torch.ones(ids_TK.shape, device=ids_TK.device) if kept_TK is None else kept_TK.float()
         if self.counts_T is not None:
             ones_TK = ones_TK * self.counts_T[:, None]
         zeros_E = ones_TK.new_zeros(self.probability_TE.shape[1])
@@ -97,20 +99,24 @@ def _load(balance: BalanceSection) -> BalanceLoss:
     """Squared variation of the load, arXiv:1701.06538 appendix A.
 
     With noise an expert's load is the sum over tokens of its probability to be among the K best if its own noise were
-    drawn again, which has a gradient; without noise choices are counted, which have none.
+    drawn again, which has a gradient; without noise choices are counted, which have none. Under C2R the K best are
+    those of the best expert and its close collaborators; others have the probability 0.
     """
 
     def sums(seen: Seen) -> Tensor:
         drawn = seen.routing.noise
         if drawn is None or seen.routing.ids_TK.shape[1] == seen.probability_TE.shape[1]:
             return seen.load(seen.routing.ids_TK)
-        noisy_TE = seen.routing.logits_TE
-        best = noisy_TE.topk(seen.routing.ids_TK.shape[1] + 1, dim=1).values
+        noisy_TE, open_TE = seen.routing.logits_TE, drawn.open_TE
+        allowed_TE = noisy_TE if open_TE is None else noisy_TE.masked_fill(~open_TE, _CLOSED)
+        best = allowed_TE.topk(seen.routing.ids_TK.shape[1] + 1, dim=1).values
         to_enter, to_stay = best[:, -2:-1], best[:, -1:]
-        # The published code of LLaMA-MoE asks the noise alone whether an expert is in.
+        # The published code of LLaMA-MoE asks the noise alone whether an expert is in, and with C2R of all experts.
         tested = noisy_TE - drawn.clean_TE if balance.reference_compat else noisy_TE
         bar_TE = torch.where(tested > to_stay, to_stay, to_enter)
         chance_TE = 0.5 * (1 + torch.erf((drawn.clean_TE - bar_TE) / drawn.deviation_TE / math.sqrt(2)))
+        if open_TE is not None and not balance.reference_compat:
+            chance_TE = torch.where(open_TE, chance_TE, 0.0)
         return seen.over_tokens(chance_TE)
 
     return BalanceLoss(sums, lambda sums, _: squared_variation(sums))

@@ -78,6 +78,9 @@ def tokenize_command(
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="begin every document with the tokenizer's first token")] = False,
     lines: Annotated[bool, typer.Option("--lines", help="every line of a .txt file is a document")] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="tokens of a conversation; more are cut, of question and response [any]")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="refuse a tokenizer that is not that model's")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="that tokenise [one for every core]")] = None,
     overwrite: Overwrite = False,
@@ -100,7 +103,15 @@ def tokenize_command(
     for prefix in files:
         check_output_file(Path(f"{prefix}.bin"), overwrite=overwrite)
     count = processes or len(os.sched_getaffinity(0))
-    reading = Reading(tokenizer=tokenizer, format=kind, template=template, bos=bos, lines=lines, processes=count)
+    reading = Reading(
+        tokenizer=tokenizer,
+        format=kind,
+        template=template,
+        bos=bos,
+        lines=lines,
+        processes=count,
+        max_length=max_length,
+    )
     tokenizing, began = Tokenizing(reading), time.perf_counter()
     if checkpoint is not None:
         check_tokenizer(tokenizer, tokenizing.vocabulary, checkpoint)

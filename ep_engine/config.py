@@ -283,6 +283,8 @@ class BalanceSection(_Section):
     """what loads and means are of: all ranks and the parts of the batch so far; or a rank's own part, as published"""
     noise: bool = False
     """noisy top-k (arXiv:1701.06538), for models whose gates have a noise matrix, as LLaMA-MoE's"""
+    gumbel: bool = False
+    """add Gumbel noise to the router's logits, as LLaMA-MoE's Switch gate, whose weights are its logits"""
     bias_rate: FiniteFloat = Field(0.0, ge=0)
     """how far a step moves the selection bias of experts away from the mean load (arXiv:2408.15664)"""
     capacity_factor: FiniteFloat | None = Field(None, gt=0)
@@ -294,6 +296,8 @@ class BalanceSection(_Section):
     def _check(self) -> Self:
         if self.switch == 0 and self.switch_of != "rule":
             raise ValueError(f"balance.switch_of ({self.switch_of}) has no effect, balance.switch is 0; leave it out")
+        if self.noise and self.gumbel:
+            raise ValueError("balance.noise and balance.gumbel both add noise to the router's logits; choose one")
         return self
 
 

@@ -65,6 +65,8 @@ def _moe_entries(at: str, moe: MoEConfig, d: int) -> dict[str, tuple[int, ...]]:
         entries[f"{at}.router.temperature"] = (1,)
     if moe.gate_noise:
         entries[f"{at}.router.w_noise"] = (e, d)
+    if moe.learned_scale:
+        entries[f"{at}.router.scale"] = (1,)
     if moe.selection_bias:
         entries[f"{at}.router.bias"] = (e,)
     if moe.shared_hidden_size:
@@ -73,6 +75,8 @@ def _moe_entries(at: str, moe: MoEConfig, d: int) -> dict[str, tuple[int, ...]]:
         entries[f"{at}.shared_gate.weight"] = (1, d)
     if moe.residual_experts:
         entries[f"{at}.residual.gate.weight"] = (moe.residual_experts, d)
+    if moe.residual_weighting:
+        entries[f"{at}.residual_weighting.weight"] = (2, d)
     for expert in range(moe.residual_experts):
         entries |= _linears(f"{at}.residual.each.{expert}", _ffn_shapes(d, moe.residual_hidden_size), bias=False)
     for expert in range(e):

@@ -12,7 +12,7 @@ class UserError(ValueError):
 
 
 class Fault(RuntimeError):
-    """Something broke while running; the command prints the sentence and exits with status 1."""
+    """Something broke while running; the command prints the sentence and exits with status 1, `NoRoom` with 2."""
 
     exit_status = 1
 
@@ -20,3 +20,9 @@ class Fault(RuntimeError):
         """`everywhere`: all ranks raise the same, so that one of them need say it."""
         super().__init__(sentence)
         self.everywhere = everywhere
+
+
+class NoRoom(Fault):
+    """A disk is full, which the user alone can mend."""
+
+    exit_status = 2

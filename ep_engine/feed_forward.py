@@ -61,9 +61,9 @@ class ResidualExperts(nn.Module):
 
 
 class ResidualGate(nn.Module):
-    """The weights of a token's residual experts: softmax(w x) * scale."""
+    """The weights of a token's residual experts, or of the chosen and the residual ones: softmax(w x) * scale."""
 
-    def __init__(self, hidden_size: int, count: int, scale: float) -> None:
+    def __init__(self, hidden_size: int, count: int, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Linear(hidden_size, count, bias=False).weight
         self.scale = scale

@@ -10,8 +10,8 @@ from ep_engine.model_config import ModelConfig
 
 
 def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> None:
-    """Fill a model's entries in place: norms with 1; biases, a gate's temperature and noise with 0; the rest from
-    N(0, initializer_range^2).
+    """Fill a model's entries in place: norms with 1; biases, a gate's temperature and noise with 0; learned factors
+    with what they start from; the rest from N(0, initializer_range^2).
 
     Args:
         entries: what this rank holds, from `entries.module_entries`.
@@ -24,6 +24,9 @@ def initialise(entries: Mapping[str, Shard], config: ModelConfig, seed: int) -> 
             shard.tensor.fill_(1.0)
         elif name.endswith((".bias", ".b_in", ".temperature", ".w_noise")):
             shard.tensor.zero_()
+        elif name.endswith(".router.scale"):
+            assert config.moe is not None, "it has routers"
+            shard.tensor.fill_(config.moe.scale_of(config.moe_index(int(name.split(".")[1]))))
         else:
             # Drawn whole: the part of a rank is the same whatever the other parts are.
             whole = torch.randn(shapes[name], generator=_stream(seed, name)) * config.initializer_range

@@ -19,7 +19,7 @@ class RouterStatistics(NamedTuple):
     logits_TE: Tensor  # (T, E) float32, without gradient
     num_tokens: Tensor  # int64
     entropy: Tensor  # float32: sum over tokens of the entropy of their probabilities, in nats
-    dropped: Tensor  # int64: choices that no expert served
+    dropped_E: Tensor  # (E,) float32: choices of each expert that it did not serve
     sums: tuple[Tensor, ...] = ()  # of the losses that were asked for, with gradient
 
 
@@ -40,18 +40,18 @@ def router_statistics(
         num_rows: of the batch.
     """
     seen = Seen(routing, probabilities(routing.logits_TE, score), counts_T, num_rows)
-    ids_TK, kept_TK = routing.ids_TK, routing.kept_TK
+    ids_TK, load_E = routing.ids_TK, seen.load(routing.ids_TK)
+    served_E = load_E if routing.kept_TK is None else seen.load(ids_TK, routing.kept_TK)
     if counts_T is not None:
         ids_TK = ids_TK.masked_fill(~counts_T[:, None], -1)
-    served = ids_TK if kept_TK is None else ids_TK.masked_fill(~kept_TK, -1)
     return RouterStatistics(
-        seen.load(routing.ids_TK),
+        load_E,
         seen.over_tokens(seen.probability_TE.detach()),
         ids_TK,
         routing.logits_TE.detach(),
         (ids_TK[:, 0] >= 0).sum(),
         seen.over_tokens(torch.special.entr(seen.probability_TE.detach()).sum(dim=1, keepdim=True))[0],
-        (ids_TK >= 0).sum() - (served >= 0).sum(),
+        load_E - served_E,
         tuple(loss.sums(seen) for loss in losses),
     )
 

@@ -63,13 +63,16 @@ class MoEConfig(_Part):
     """Whether the router has a noise matrix (E, D), as LLaMA-MoE v1 has it; it has no part in what is chosen."""
     selection_bias: bool = False
     """Whether the router adds a bias to each expert's score for the choice alone, as in DeepSeek-V3."""
-    score: Literal["softmax_of_chosen", "softmax", "sigmoid"] = "softmax_of_chosen"
-    """Combine weights before all else: softmax over the K chosen, softmax over all experts, or a sigmoid each."""
+    score: Literal["softmax_of_chosen", "softmax", "sigmoid", "logit"] = "softmax_of_chosen"
+    """Combine weights before all else: softmax over the K chosen, softmax over all experts, a sigmoid each, or the
+    logits themselves, as LLaMA-MoE without `gate_use_softmax`."""
     renormalise: bool = False
     """Whether the weights of the K chosen are divided by their sum."""
     score_scale: float | list[float] = 1.0
     """Factor on the combine weights, or that of every layer; E / K keeps the magnitude of a split dense layer
     (specification of LLaMA-MoE)."""
+    learned_scale: bool = False
+    """Whether that factor is a weight of the router, which score_scale is the start of: LLaMA-MoE's `mlp_norm`."""
     shared_hidden_size: int = 0
     """Hidden width of the dense SwiGLU that every token goes through beside its experts; 0: none."""
     shared_gate: bool = False
@@ -81,6 +84,9 @@ class MoEConfig(_Part):
     """Hidden width of one of them."""
     residual_scale: float = 1.0
     """Factor on their weights."""
+    residual_weighting: bool = False
+    """Whether a softmax gate of two weighs what the chosen experts put out against what these do, as LLaMA-MoE's
+    `use_weighting` (arXiv:2201.05596)."""
     expert_sizes: list[list[int]] | None = None
     """[L][E]: where experts are smaller than expert_hidden_size, how much of each is not padding with zeros."""
     routing: RoutingConfig = RoutingConfig()
@@ -129,6 +135,16 @@ class MoEConfig(_Part):
             )
         if self.shared_gate and self.shared_hidden_size == 0:
             raise ValueError("moe.shared_gate is set and moe.shared_hidden_size is 0: there is nothing to gate")
+        if self.residual_weighting and (self.residual_experts == 0 or self.shared_hidden_size > 0):
+            raise ValueError(
+                "moe.residual_weighting weighs residual experts against the chosen ones alone, moe.residual_experts is "
+                f"{self.residual_experts} and moe.shared_hidden_size {self.shared_hidden_size}; leave it out"
+            )
+        if self.score == "logit" and (self.renormalise or rule.weights != "model"):
+            raise ValueError(
+                f"moe.renormalise ({self.renormalise}) and routing.weights ({rule.weights}) cannot divide weights that "
+                "are logits (moe.score) by their sum, which may be 0; leave both out"
+            )
         if rule.weights != "model" and (rule.rule == "topk" or self.score == "softmax_of_chosen" or self.renormalise):
             raise ValueError(
                 f"routing.weights {rule.weights} has no effect on rule {rule.rule}, score {self.score}"

@@ -9,7 +9,7 @@ from ep_engine.balance_losses import BalanceLoss
 from ep_engine.combine import combine
 from ep_engine.dispatch import dispatch
 from ep_engine.experts import Experts
-from ep_engine.feed_forward import FeedForward, ResidualExperts, SharedGate
+from ep_engine.feed_forward import FeedForward, ResidualExperts, ResidualGate, SharedGate
 from ep_engine.ledger import Ledger
 from ep_engine.load_balance import RouterStatistics, router_statistics
 from ep_engine.model_config import MoEConfig
@@ -38,6 +38,7 @@ class MoELayer(nn.Module):
         if moe.residual_experts:
             width, count = moe.residual_hidden_size, moe.residual_experts
             self.residual = ResidualExperts(hidden_size, width, count, moe.residual_scale)
+        self.residual_weighting = ResidualGate(hidden_size, 2) if moe.residual_weighting else None
         self.keeps_less = False
         self.losses: tuple[BalanceLoss, ...] = ()  # whose sums its statistics have
         self.has_padding = False  # whether numbers of tokens may be -1, which then count for nothing
@@ -96,6 +97,10 @@ class MoELayer(nn.Module):
             shared_TD = computed_again(self.shared, x_TD) if self.keeps_less else self.shared(x_TD)
             y_TD = y_TD + (shared_TD if self.shared_gate is None else self.shared_gate(x_TD) * shared_TD)
         if self.residual is not None:
-            y_TD = y_TD + (computed_again(self.residual, x_TD) if self.keeps_less else self.residual(x_TD))
+            residual_TD = computed_again(self.residual, x_TD) if self.keeps_less else self.residual(x_TD)
+            if self.residual_weighting is not None:
+                shares_T2 = self.residual_weighting(x_TD)
+                y_TD, residual_TD = shares_T2[:, :1] * y_TD, shares_T2[:, 1:] * residual_TD
+            y_TD = y_TD + residual_TD
         counts_T = None if numbers_T is None or not self.has_padding else numbers_T >= 0
         return y_TD, router_statistics(routing, self.moe.score, self.losses, counts_T, num_rows)

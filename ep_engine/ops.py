@@ -49,8 +49,8 @@ class Selection(NamedTuple):
 
     top_k: int
     rule: Literal["topk", "group_limited", "c2r", "c2r_grouped", "given"] = "topk"
-    score: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax_of_chosen"
-    renormalise: bool = False
+    score: Literal["softmax", "softmax_of_chosen", "sigmoid", "logit"] = "softmax_of_chosen"
+    renormalise: bool = False  # not with score `logit`
     scale: float = 1.0
     bias_E: Tensor | None = None  # float32, for the selection alone
     lists_EN: Tensor | None = None  # int32, of c2r and c2r_grouped
@@ -66,7 +66,7 @@ class Selection(NamedTuple):
 
 
 _RULES = ("topk", "group_limited", "c2r", "c2r_grouped", "given")  # enum Rule
-_SCORES = ("softmax", "softmax_of_chosen", "sigmoid")  # enum Score
+_SCORES = ("softmax", "softmax_of_chosen", "sigmoid", "logit")  # enum Score
 
 
 def choose_experts(logits_TE: Tensor, how: Selection, ids_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ep_engine.errors import Fault, UserError
+from ep_engine.errors import NoRoom, UserError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
@@ -49,7 +49,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         UserError: `path` is a non-empty folder and `overwrite` is not set.
-        Fault: the disk is full; whatever stood at `path` still stands there.
+        NoRoom: the disk is full; whatever stood at `path` still stands there.
     """
     beside = begin_folder(path, overwrite=overwrite)
     try:
@@ -116,12 +116,12 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def reported_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk (or a file-size or quota limit) into a Fault that names `path`."""
+    """Turn a full disk (or a file-size or quota limit) into `NoRoom`, which names `path`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise Fault(f"no room to write {path} ({error.strerror}); free space and run again") from error
+            raise NoRoom(f"no room to write {path} ({error.strerror}); free space and run again") from error
         raise
 
 

@@ -66,7 +66,7 @@ def weigh(logits_TE: Tensor, ids_TK: Tensor, score: str, *, renormalise: bool, s
     """Combine weights (T, K) of chosen experts; differentiable in the logits."""
     if score == "softmax_of_chosen":
         return scale * logits_TE.gather(1, ids_TK).softmax(dim=1)
-    scores_TE = logits_TE.softmax(dim=1) if score == "softmax" else logits_TE.sigmoid()
+    scores_TE = {"softmax": logits_TE.softmax(dim=1), "sigmoid": logits_TE.sigmoid(), "logit": logits_TE}[score]
     weights_TK = scores_TE.gather(1, ids_TK)
     return scale * (weights_TK / weights_TK.sum(dim=1, keepdim=True) if renormalise else weights_TK)
 

@@ -15,7 +15,7 @@ from ep_engine.config import RunConfig, differing
 from ep_engine.data.batches import check_rows, heldout_batches
 from ep_engine.data.blend import Blend, domain_weights, reference_losses
 from ep_engine.data.tokens import TokenFile
-from ep_engine.data.vocabulary import check_range, check_token_file, read_vocabulary
+from ep_engine.data.vocabulary import check_ids, check_range, check_token_file, check_tokenizer, read_vocabulary
 from ep_engine.errors import UserError
 from ep_engine.layout import check_ranks, check_split, make_stages
 from ep_engine.model_config import ModelConfig, first_sentence, in_words, read_model_config
@@ -170,6 +170,11 @@ def _balanced(config: RunConfig, model: ModelConfig) -> ModelConfig:
     if asked.noise and not moe.gate_noise:
         raise UserError(
             "balance.noise is set, but the model's gates have no noise matrix (moe.gate_noise false); leave it out"
+        )
+    if asked.load and moe.routing.rule in ("group_limited", "c2r_grouped"):
+        raise UserError(
+            f"balance.load ({asked.load}) is not known under routing.rule {moe.routing.rule}, where noise moves what "
+            "is open, too; use importance or switch"
         )
     if asked.load and not asked.noise:
         raise UserError(
@@ -362,10 +367,14 @@ def _check_data(run: Run) -> None:
 
 def _check_vocabulary(run: Run) -> None:
     """Ids of another tokenizer may be in range, and mean something else."""
+    for file in (*run.train.values(), *run.heldout.values()):
+        check_ids(file, run.model.vocab_size)
     folder = tokenizer_folder(run.config.data.tokenizer or run.checkpoint)
     vocabulary = read_vocabulary(folder) if folder else None
     if folder is None or vocabulary is None:
         return
     check_range(folder, vocabulary, run.model, "the model has")
+    if run.checkpoint is not None:
+        check_tokenizer(folder, vocabulary, run.checkpoint)
     for file in (*run.train.values(), *run.heldout.values()):
         check_token_file(file.bin_path.with_suffix(""), vocabulary, folder)

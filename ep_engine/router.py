@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ep_engine import ops
 from ep_engine.capacity import Capacity
 from ep_engine.model_config import MoEConfig
-from ep_engine.noise import normal
+from ep_engine.noise import gumbel, normal
 from ep_engine.selection import make_rule
 from ep_engine.weight_grads import Handover, tie
 
@@ -48,6 +48,7 @@ class Noise(NamedTuple):
 
     clean_TE: Tensor  # float32, the logits without it
     deviation_TE: Tensor  # float32, its standard deviation
+    open_TE: Tensor | None = None  # bool, experts that the rule allows beside the best one; None: all
 
 
 class Router(nn.Module):
@@ -71,11 +72,14 @@ class Router(nn.Module):
         )
         # Moved by the load of experts, not by gradients (arXiv:2408.15664).
         self.bias = nn.Parameter(torch.empty(num_experts), requires_grad=False) if moe.selection_bias else None
+        # In the place of a fixed factor, from which it starts.
+        self.scale = nn.Parameter(torch.empty(1)) if moe.learned_scale else None
         self.layer = layer
         self.noise_seed: int | None = None  # None: no noise
+        self.gumbel_seed: int | None = None
         self.capacity: Capacity | None = None
         renormalise = moe.renormalise or moe.routing.weights == "selected"
-        self.weighing = moe.score, renormalise, moe.scale_of(layer)
+        self.weighing = moe.score, renormalise, 1.0 if moe.learned_scale else moe.scale_of(layer)
         self.match_plain_mass = moe.routing.weights == "match_plain_mass"
         self.rule = make_rule(moe, layer)
 
@@ -97,6 +101,8 @@ class Router(nn.Module):
         logits_TE, noise = self.logits(x_TD), None
         if self.noise_seed is not None and numbers_T is not None:
             logits_TE, noise = self._with_noise(logits_TE, x_TD, numbers_T)
+        if self.gumbel_seed is not None and numbers_T is not None:
+            logits_TE = logits_TE + gumbel(numbers_T, logits_TE.shape[1], self.gumbel_seed, self.layer)
         score, renormalise, scale = self.weighing
         how = self.rule.on(logits_TE.device)._replace(score=score, renormalise=renormalise, scale=scale)
         if self.bias is not None:
@@ -105,9 +111,13 @@ class Router(nn.Module):
         if ids_TK is not None:
             how = how._replace(rule="given")
         ids_TK, weights_TK = _Choose.apply(logits_TE, how, ids_TK)  # type: ignore[no-untyped-call]
+        if noise is not None:
+            noise = noise._replace(open_TE=self.rule.may_follow(ids_TK[:, 0]))
         if self.match_plain_mass:
             _, plain_TK = _Choose.apply(logits_TE, how._replace(rule="topk"), None)  # type: ignore[no-untyped-call]
             weights_TK = weights_TK * (_sum_of_row(plain_TK) / _sum_of_row(weights_TK))
+        if self.scale is not None:
+            weights_TK = weights_TK * self.scale.float()
         kept_TK = None if before is None else before.kept_TK
         if self.capacity is not None and numbers_T is not None and before is None:
             kept_TK = self.capacity(ids_TK, logits_TE.shape[1], numbers_T >= 0)

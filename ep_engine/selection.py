@@ -42,6 +42,10 @@ class Rule:
             self._on[device] = self._selection._replace(**moved)
         return self._on[device]._replace(top_t=self._top_t, max_groups=self._max_groups)
 
+    def may_follow(self, first_T: Tensor) -> Tensor | None:
+        """(T, E) bool: the experts that may be among a token's, whose best one is `first_T`; None: all."""
+        return None
+
     def select(self, scores_TE: Tensor) -> Tensor:
         """(T, E) float32, any order-preserving function of the logits -> (T, K) int64."""
         return ops.choose_experts(scores_TE, self.on(scores_TE.device))[0]
@@ -94,6 +98,13 @@ class C2R(Rule):
     def __init__(self, top_k: int, lists: Sequence[Sequence[int]] | Tensor, top_t: int | None = None) -> None:
         table_EN, top_t = _checked_lists(top_k, lists, top_t)
         super().__init__(ops.Selection(top_k, "c2r", lists_EN=table_EN, top_t=top_t))
+
+    def may_follow(self, first_T: Tensor) -> Tensor:
+        """See `Rule`: the first T of the list of the best expert, and itself."""
+        lists_EN = self.on(first_T.device).lists_EN
+        assert lists_EN is not None, "it was made of them"
+        open_TE = torch.zeros(len(first_T), len(lists_EN), dtype=torch.bool, device=first_T.device)
+        return open_TE.scatter(1, lists_EN[first_T, : self._top_t].long(), True).scatter(1, first_T[:, None], True)
 
 
 class C2RGrouped(Rule):

@@ -1,6 +1,7 @@
 """Balance: golden numbers, plain formulas, gradients; sums over ranks and parts; noise, capacity, what is kept."""
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,15 @@ from ep_engine.balance_losses import Seen, losses_of, probabilities, squared_var
 from ep_engine.capacity import Capacity
 from ep_engine.config import BalanceSection, make_config
 from ep_engine.load_balance import router_statistics
-from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.model_config import ModelConfig, MoEConfig, RoutingConfig
 from ep_engine.moe_layer import MoELayer
-from ep_engine.noise import normal
+from ep_engine.noise import gumbel, normal
 from ep_engine.planning.activations import Part
 from ep_engine.planning.expert_traffic import Passed
 from ep_engine.router import Noise, Router, Routing
 from ep_engine.training.watch import RouterWatch
 from tests.distributed import run_ranks
+from tests.small_models import random_lists
 
 E, K, L = 6, 2, 3
 KINDS = ("switch", "importance", "load", "sequence", "mutual_information", "z")
@@ -43,8 +45,10 @@ def routing_of(logits_TE: Tensor, ids_TK: Tensor | None = None, noise: Noise | N
     return Routing(ids_TK, logits_TE.gather(1, ids_TK).softmax(dim=1), logits_TE, noise)
 
 
-def seen_of(routing: Routing, counts_T: Tensor | None = None, num_rows: int = 1) -> Seen:
-    return Seen(routing, probabilities(routing.logits_TE, "softmax"), counts_T, num_rows)
+def seen_of(
+    routing: Routing, counts_T: Tensor | None = None, num_rows: int = 1, score: str = "softmax_of_chosen"
+) -> Seen:
+    return Seen(routing, probabilities(routing.logits_TE, score), counts_T, num_rows)
 
 
 def loss_of(name: str, seen: Seen, over: int, **options: Any) -> Tensor:
@@ -102,10 +106,13 @@ def test_variation_is_that_of_a_sample() -> None:
     assert float(squared_variation(v[:1])) == 0.0
 
 
-def plain(name: str, logits_TE: Tensor, rows: int) -> Tensor:
-    """Every loss token by token, in float64."""
+def plain(name: str, logits_TE: Tensor, rows: int, score: str) -> Tensor:
+    """Every loss token by token, in float64; of sigmoids p is the share (arXiv:2412.19437 eq. 19)."""
     logits_TE = logits_TE.double()
     p_TE, ids_TK = logits_TE.softmax(dim=1), logits_TE.detach().topk(K, dim=1).indices
+    if score == "sigmoid":
+        s_TE = 1 / (1 + torch.exp(-logits_TE))
+        p_TE = s_TE / s_TE.sum(dim=1, keepdim=True)
     tokens = len(p_TE)
 
     def switch(part: slice) -> Tensor:
@@ -129,12 +136,18 @@ def plain(name: str, logits_TE: Tensor, rows: int) -> Tensor:
     return -(p_TE * p_TE.log()).sum() / tokens + (mean * (mean + 1e-8).log()).sum()
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "load"])
-def test_values_and_gradients_are_those_of_the_formula(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        *((name, "softmax") for name in KINDS if name != "load"),
+        *((name, "sigmoid") for name in ("switch", "sequence", "importance", "z")),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_formula(name: str, score: str) -> None:
     ours = torch.randn(20, E, generator=torch.Generator().manual_seed(1)).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
-    found = loss_of(name, seen_of(routing_of(ours), num_rows=4), 4 if name == "sequence" else 20)
-    expected = plain(name, theirs, rows=4)
+    found = loss_of(name, seen_of(routing_of(ours), num_rows=4, score=score), 4 if name == "sequence" else 20)
+    expected = plain(name, theirs, rows=4, score=score)
     found.backward()
     expected.backward()
     torch.testing.assert_close(found, expected.float())
@@ -157,6 +170,43 @@ def test_a_smooth_load_has_the_gradient_of_differences() -> None:
 
     inputs = (clean.requires_grad_(), torch.full_like(clean, 0.7).requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("top_t", [K - 1, K + 1])
+def test_a_smooth_load_under_c2r_is_of_the_experts_that_are_open(top_t: int) -> None:
+    """Chances by drawing an expert's noise again, the best expert and so the open ones being given."""
+    lists = random_lists(E, random.Random(1))
+    moe = MoEConfig(
+        num_experts=E,
+        top_k=K,
+        expert_hidden_size=8,
+        gate="linear",
+        gate_noise=True,
+        routing=RoutingConfig(rule="c2r", top_t=top_t, lists=[lists]),
+    )
+    router = Router(moe, 16, 0)
+    for weight in router.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    router.add_noise(seed=2)
+    routing = router(torch.randn(3, 16, generator=torch.Generator().manual_seed(5)), torch.arange(3))
+    kind = kind_of("load", noise=True)
+    found_E = kind.sums(seen_of(routing))
+    assert routing.noise is not None
+    expected_E, again = torch.zeros(E), torch.randn(40_000, generator=torch.Generator().manual_seed(6))
+    for logits, clean, deviation, ids in zip(
+        routing.logits_TE.detach(), *(x.detach() for x in routing.noise[:2]), routing.ids_TK.tolist(), strict=True
+    ):
+        inside = [ids[0], *lists[ids[0]][:top_t]]
+        for expert in inside:
+            others = sorted((float(logits[e]) for e in inside if e != expert), reverse=True)
+            bar = others[K - 1] if len(others) >= K else -math.inf
+            expected_E[expert] += float((clean[expert] + deviation[expert] * again > bar).float().mean())
+    torch.testing.assert_close(found_E.detach(), expected_E, atol=0.02, rtol=0)
+    kind.value(found_E, torch.ones(())).backward()
+    assert router.w_in.grad is not None
+    assert router.w_in.grad.isfinite().all()
+    published = kind_of("load", noise=True, reference_compat=True).sums(seen_of(routing))
+    assert (published > found_E + 1e-3).any()  # of experts, too, that cannot be chosen
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -273,14 +323,32 @@ def _check_parts(rank: int, world_size: int) -> None:
                 torch.testing.assert_close(one.grad[part], all_.grad[part], rtol=1e-4, atol=1e-7)
 
 
-def test_noise_is_normal_and_belongs_to_the_token() -> None:
-    drawn = normal(torch.arange(20_000), 8, seed=3, stream=1)
-    assert stats.kstest(drawn.flatten().numpy()[:50_000], "norm").pvalue > 0.01
+@pytest.mark.parametrize(("draw", "distribution"), [(normal, "norm"), (gumbel, "gumbel_r")])
+def test_noise_has_its_distribution_and_belongs_to_the_token(draw: Any, distribution: str) -> None:
+    drawn = draw(torch.arange(20_000), 8, seed=3, stream=1)
+    assert stats.kstest(drawn.flatten().numpy()[:50_000], distribution).pvalue > 0.01
     corr = torch.corrcoef(drawn.t())
     assert float((corr - torch.eye(8)).abs().max()) < 0.05
-    assert torch.equal(normal(torch.tensor([5, 17]), 8, 3, 1), drawn[[5, 17]])
-    for other in (normal(torch.arange(100), 8, 4, 1), normal(torch.arange(100), 8, 3, 2)):
+    assert torch.equal(draw(torch.tensor([5, 17]), 8, 3, 1), drawn[[5, 17]])
+    for other in (draw(torch.arange(100), 8, 4, 1), draw(torch.arange(100), 8, 3, 2)):
         assert not torch.equal(other, drawn[:100])
+
+
+def test_a_switch_gate_as_published_weighs_by_noisy_logits() -> None:
+    """specs/llama_moe.md 3.3: z + Gumbel noise, the largest of which is both the choice and its weight."""
+    moe = MoEConfig(num_experts=E, top_k=1, expert_hidden_size=8, gate="linear", score="logit", learned_scale=True)
+    router = Router(moe, 16, 0)
+    torch.nn.init.normal_(router.w_in)
+    torch.nn.init.constant_(router.scale, 2.0)
+    router.gumbel_seed = 1
+    x, numbers = torch.randn(9, 16), torch.arange(9)
+    noisy, plain = router(x, numbers), router(x)
+    best = (plain.logits_TE + gumbel(numbers, E, 1, 0)).max(dim=1, keepdim=True)
+    assert torch.equal(noisy.ids_TK, best.indices)
+    assert torch.equal(noisy.weights_TK, 2.0 * best.values)
+    assert torch.equal(plain.weights_TK, 2.0 * plain.logits_TE.max(dim=1, keepdim=True).values)
+    noisy.weights_TK.sum().backward()
+    torch.testing.assert_close(router.scale.grad, best.values.sum().view(1))
 
 
 def test_a_router_adds_noise_to_numbered_tokens_alone() -> None:
@@ -316,11 +384,14 @@ def test_an_expert_serves_the_first_tokens_up_to_its_capacity(ids: list[list[int
             served[expert] = served.get(expert, 0) + bool(counts[token])
 
 
-@pytest.mark.parametrize("name", [*KINDS, "noise", "load and noise", "capacity_factor"])
+@pytest.mark.parametrize("name", [*KINDS, "noise", "load and noise", "load under c2r", "capacity_factor"])
 def test_what_losses_keep_for_the_backward_is_predicted(name: str) -> None:
-    moe = MoEConfig(num_experts=32, top_k=K, expert_hidden_size=8, gate="linear", gate_noise=True)
+    lists = random_lists(32, random.Random(0))
+    rule = {"rule": "c2r", "top_t": 5, "lists": [lists]} if name == "load under c2r" else {}
+    sizes = {"num_experts": 32, "top_k": K, "expert_hidden_size": 8}
+    moe = MoEConfig(**sizes, gate="linear", gate_noise=True, routing=RoutingConfig(**rule))
     asked: dict[str, Any] = {"switch": 1.0, name.split()[0]: 1.0}
-    if name in ("noise", "load", "load and noise"):
+    if name.startswith(("noise", "load")):
         asked |= {"noise": True}
     data = {"train": "text", "sequence_length": 16, "batch_size": 4}
     sections = {"model": {"checkpoint": "m"}, "data": data, "train": {"steps": 1}, "output": {"folder": "r"}}

@@ -49,8 +49,22 @@ def test_a_domain_of_weight_0_comes_back_only_by_smoothing() -> None:
 
 
 def test_tables_are_weights() -> None:
-    for name in WEIGHTS:
-        assert domain_weights(name, SLIMPAJAMA[::-1])[::-1].tolist() == list(WEIGHTS[name].values())  # type: ignore[arg-type]
+    for name, table in WEIGHTS.items():
+        domains = tuple(table)
+        assert domain_weights(name, domains[::-1])[::-1].tolist() == list(table.values())  # type: ignore[arg-type]
+    # specs/llama_moe.md 4.2 and 4.3, by domain.
+    assert WEIGHTS["sheared_llama"] == {
+        "en_cc": 0.361, "en_c4": 0.492, "github": 0.008, "en_wikipedia": 0.031, "en_book": 0.091, "en_arxiv": 0.007,
+        "en_stack": 0.01,
+    }  # fmt: skip
+    red = ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4-rp")
+    for found, published in (
+        (WEIGHTS["sheared_llama_pruning"], [0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15]),
+        (WEIGHTS["sheared_llama_continued"], [0.2192, 0.0002, 0.0791, 0.0064, 0.0096, 0.001, 0.6845]),
+        (LOSSES["sheared_llama_1.3b"], [1.9643, 0.7459, 2.1393, 1.6117, 1.7590, 1.4449, 2.1251]),
+        (LOSSES["sheared_llama_2.7b"], [1.8712, 0.6883, 2.0325, 1.5353, 1.6297, 1.3560, 2.0328]),
+    ):
+        assert found == dict(zip(red, published, strict=True))
     assert {len(losses) for losses in LOSSES.values()} == {7}
     assert domain_weights("uniform", ("x", "y")).tolist() == [0.5, 0.5]
     assert domain_weights(None, ("x",)).tolist() == [1.0]

@@ -14,7 +14,7 @@ from ep_engine import ops, reference
 from ep_engine.router import Router
 from tests.small_models import random_lists
 
-SCORES = ("softmax", "softmax_of_chosen", "sigmoid")
+SCORES = ("softmax", "softmax_of_chosen", "sigmoid", "logit")
 
 
 @st.composite
@@ -51,7 +51,7 @@ def selection(case: dict[str, Any], bias_E: Tensor | None) -> ops.Selection:
         case["top_k"],
         case["rule"],
         score=case["score"],
-        renormalise=case["renormalise"],
+        renormalise=case["renormalise"] and case["score"] != "logit",
         scale=1.5,
         bias_E=bias_E,
         lists_EN=torch.tensor(lists, dtype=torch.int32).view(num_experts, -1)[:, : num_experts - 1].contiguous()
@@ -92,7 +92,7 @@ def test_ids_weights_and_gradients_are_the_plain_ones(case: dict[str, Any]) -> N
     scores_TE = logits_TE
     if bias_E is not None or how.group_top > 1:  # by the scores as they were computed, whose last bits may tie or not
         every = torch.arange(shape[1]).expand(shape).contiguous()
-        score = "sigmoid" if how.score == "sigmoid" else "softmax"
+        score = how.score if how.score in ("sigmoid", "logit") else "softmax"
         if shape[1] <= 32:
             scores_TE = ops.choose_experts(logits_TE, ops.Selection(shape[1], "given", score), every)[1]
         else:

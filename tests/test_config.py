@@ -32,8 +32,8 @@ KEYS = [
     "routing.rule", "routing.top_t", "routing.profile", "routing.max_devices", "routing.num_groups",
     "routing.tighten_steps", "routing.weights",
     "balance.switch", "balance.switch_of", "balance.importance", "balance.load", "balance.sequence",
-    "balance.mutual_information", "balance.z", "balance.over", "balance.noise", "balance.bias_rate",
-    "balance.capacity_factor", "balance.reference_compat",
+    "balance.mutual_information", "balance.z", "balance.over", "balance.noise", "balance.gumbel",
+    "balance.bias_rate", "balance.capacity_factor", "balance.reference_compat",
     "output.folder", "output.resume", "output.keep_checkpoints", "output.watch", "output.async_save", "output.wandb",
 ]  # fmt: skip
 
@@ -67,7 +67,7 @@ def run_file(tmp_path: Path) -> Path:
 
 def test_keys_are_pinned() -> None:
     assert [key for key, _, _ in config_table()] == KEYS
-    assert len(KEYS) == 86
+    assert len(KEYS) == 87
     assert len(KEYS) <= 100
 
 

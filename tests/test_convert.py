@@ -7,23 +7,40 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from checkpoint_tools.conversion import How
 from checkpoint_tools.convert import convert
+from checkpoint_tools.convert import prepare as prepare_convert
 from checkpoint_tools.export import export
+from checkpoint_tools.export import prepare as prepare_export
 from checkpoint_tools.families import family_of_config
 from checkpoint_tools.source import open_source
+from checkpoint_tools.upcycle import UpcycleOptions
+from checkpoint_tools.upcycle import prepare as prepare_upcycle
 from ep_engine.checkpoint import read_manifest
-from ep_engine.errors import UserError
+from ep_engine.deferred import Deferred, Tensors
+from ep_engine.draft import Draft
+from ep_engine.errors import Fault, UserError
 from ep_engine.whole_model import read_model
-from tests.small_models import all_tensors, assert_same_bits, dense_folder, edit_json, edit_weights, run_tool
+from tests.small_models import (
+    all_tensors,
+    assert_same_bits,
+    dense_folder,
+    edit_json,
+    edit_weights,
+    moe_checkpoint,
+    run_tool,
+)
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -182,6 +199,14 @@ def _weights(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]
     return lambda folder: edit_weights(folder, edit)
 
 
+def _swapped_length(folder: Path) -> None:
+    """As a machine of the other byte order would write it: the length of the header, and all elements."""
+    data = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    body = np.frombuffer(data[8 + length :], np.float32).byteswap().tobytes()
+    (folder / "model.safetensors").write_bytes(data[7::-1] + data[8 : 8 + length] + body)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (
@@ -192,6 +217,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, got list"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds no weights, expected one of model.safetensors"),
     "truncated": (_cut, "model.safetensors is truncated or damaged"),
+    "another byte order": (_swapped_length, "model.safetensors is truncated or damaged"),
     "missing shard": (lambda f: _index(f, "model-2.safetensors"), "shard .*model-2.safetensors is missing"),
     "index points outside": (
         lambda f: _index(f, "../model.safetensors"),
@@ -243,6 +269,43 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"num_heads \(4\) must be a multiple of num_kv_heads \(3\)",
     ),
 }
+
+
+def _swap(deferred: dict[str, Deferred], one: str, other: str) -> None:
+    deferred[one], deferred[other] = deferred[other], deferred[one]
+
+
+def _double(deferred: dict[str, Deferred], one: str, other: str) -> None:
+    deferred[one] = deferred[other]
+
+
+def _change(deferred: dict[str, Deferred], one: str, _: str) -> None:
+    old = deferred[one]
+    deferred[one] = replace(old, make=lambda: torch.nextafter(old.make(), torch.tensor(9.0)))
+
+
+@pytest.mark.parametrize("spoil", [_swap, _double, _change])
+@pytest.mark.parametrize("tool", ["convert", "export", "upcycle"])
+def test_an_expert_that_is_another_in_the_output_is_named(tool: str, spoil: Any, dense: Path, tmp_path: Path) -> None:
+    """What our own mistake would do, between the source and the writer."""
+    engine, out = moe_checkpoint(tmp_path / "engine", dense), tmp_path / "out"
+    export(engine, tmp_path / "hf")
+    conversion: Any = {
+        "convert": lambda: prepare_convert(tmp_path / "hf", out),
+        "export": lambda: prepare_export(engine, out),
+        "upcycle": lambda: prepare_upcycle(dense, out, UpcycleOptions(6, 2, granularity=2)),
+    }[tool]()
+    at = "model.layers.1.mlp.calculator.experts.weight_up.{}" if tool == "export" else "layers.1.moe.experts.{}.w_up"
+    real = conversion.tensors
+
+    def spoiled(draft: Draft) -> Tensors:
+        deferred = dict(real(draft).deferred)
+        spoil(deferred, at.format(2), at.format(5))
+        return Tensors(deferred)
+
+    with pytest.raises(Fault, match=r"^w_up of expert 2 of layer 1 is not that of .* any more; this is our bug"):
+        replace(conversion, tensors=spoiled).run(How())
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)

@@ -37,7 +37,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     before = dict(open_source(tmp_path / "engine").tensors)
     other = dense_folder(tmp_path / "other", initializer_range=0.1)
     with full_disk(20_000):
-        assert run_tool("convert", other, tmp_path / "engine", "--overwrite") == 1
+        assert run_tool("convert", other, tmp_path / "engine", "--overwrite") == 2
     assert "no room to write" in capsys.readouterr().err
     assert_same_bits(before, dict(open_source(tmp_path / "engine").tensors))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "engine", "other"]
@@ -49,7 +49,7 @@ def test_a_full_disk_leaves_the_previous_export(
     convert(dense, tmp_path / "engine")
     export(tmp_path / "engine", tmp_path / "hf")
     with full_disk(20_000):
-        assert run_tool("export", tmp_path / "engine", tmp_path / "hf", "--overwrite") == 1
+        assert run_tool("export", tmp_path / "engine", tmp_path / "hf", "--overwrite") == 2
     assert "no room to write" in capsys.readouterr().err
     assert_same_bits(all_tensors(dense), all_tensors(tmp_path / "hf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "engine", "hf"]

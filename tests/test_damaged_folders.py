@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from checkpoint_tools.source import open_source
 from ep_engine.errors import UserError
 from tests.family_cases import DEEPSEEK, MOLLAMA, family_folder, plain_folder
 
+SECONDS = 20  # that one folder may take; they take a few milliseconds
 COUNT = {"header": 4000, "index": 2500, "config": 3600}
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2_moe_with_dense", "qwen3_moe", "olmoe")
 opened: list[str] | None = None
@@ -45,16 +47,21 @@ def only_inside(folder: Path) -> Iterator[None]:
         opened = None
 
 
-def outcome(folder: Path) -> str:
-    """`read` or `refused`; anything else is a failure of the test."""
+def outcome(folder: Path, expected: str = "") -> str:
+    """`read` or `refused`, within some time and with the words that are expected; anything else fails the test."""
+    signal.alarm(SECONDS)  # nobody handles it: the process ends, and says so
     try:
         for tensor in open_source(folder).tensors.values():
             tensor.sum()
     except UserError as error:
         message = str(error)
     else:
+        assert not expected, f"it was read: {expected}"
         return "read"
+    finally:
+        signal.alarm(0)
     assert "\n" not in message
+    assert expected in message
     return "refused"
 
 
@@ -132,16 +139,17 @@ def test_damaged_indices(folders: dict[str, Path], tmp_path: Path) -> None:
     found: Counter[str] = Counter()
     with only_inside(folder):
         for number in range(COUNT["index"]):
-            changed = damaged(index, draw)
+            changed, expected = damaged(index, draw), ""
             if number % 3 == 0:
                 outside = draw.choice(("../a.safetensors", "./../a.safetensors", str(tmp_path / "a.safetensors"), ".",
                                        "..", "a.safetensors/../../a.safetensors", "b.safetensors\0"))  # fmt: skip
                 changed = {"weight_map": {**weight_map, draw.choice(names): outside}}
+                expected = f"points to {outside!r}, which is outside of its folder"
             text = json.dumps(changed)
             if draw.random() < 0.05:
-                text = text[: draw.randrange(len(text))]
+                text, expected = text[: draw.randrange(len(text))], ""
             (folder / "model.safetensors.index.json").write_text(text)
-            found[outcome(folder)] += 1
+            found[outcome(folder, expected)] += 1
     assert found["refused"] > COUNT["index"] // 2
 
 

@@ -19,6 +19,7 @@ from ep_engine.c2r.collaboration import collaboration_lists, read_profile
 from ep_engine.data.tokens import TokenFile, write_token_file
 from ep_engine.inference.generate import read_tokenizer
 from ep_engine.inference.loaded_model import Rule, loaded
+from ep_engine.inference.scores import Asked, evaluate_checkpoint
 from ep_engine.inference.task_suites import SUITES, load_tasks, named_tasks, task_manager
 from ep_engine.mesh import World
 from ep_engine.placement import Placement
@@ -156,6 +157,22 @@ def test_ranks_share_requests_and_have_the_answers_of_one(world_size: int, files
         for (one, greedy), (other, other_greedy) in zip(found["loglikelihood"], alone["loglikelihood"], strict=True):
             assert one == pytest.approx(other, rel=1e-5)
             assert greedy == other_greedy
+
+
+def _evaluate_on_ranks(rank: int, world_size: int, files: Path, out: Path) -> None:
+    asked = Asked(lambda: load_tasks({"words_choice": 0}, TASKS), None, files / "text", 40, None, 8)
+    found = evaluate_checkpoint(files / "engine", asked, World(rank=rank, size=world_size), Rule(), 60.0)
+    (out / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_the_command_says_on_two_ranks_what_it_says_on_one(run: Command, files: Path, tmp_path: Path) -> None:
+    run_ranks(_evaluate_on_ranks, files, tmp_path)
+    alone = report(run, *local(files, "words_choice"), "--tokens", files / "text", "--sequence-length", 40)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        one, other = (one["tasks"]["words_choice"] for one in (alone, found))
+        assert (other["acc"], other["acc_norm"], other["questions"]) == (one["acc"], one["acc_norm"], 32)
+        assert found["heldout"]["loss"] == pytest.approx(alone["heldout"]["loss"], rel=1e-5)
 
 
 def test_perplexity_is_that_of_a_plain_loop_for_checkpoint_and_export(run: Command, files: Path) -> None:

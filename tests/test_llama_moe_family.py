@@ -90,6 +90,7 @@ def _spoil_list(folder: Path) -> None:
 
 
 NOISE = "model.layers.0.mlp.gate.weight_noise.weight"
+NORM = "model.layers.0.mlp.calculator.mlp_norm.weight"
 EXPERT = "model.layers.1.mlp.calculator.experts.weight_up.3"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no noise tensors": (_config(gate_add_noise=True), f"lacks {NOISE} and 1 more keys; "),
@@ -99,9 +100,14 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         "gate_type is 'SwitchBalancedGate', the engine computes only",
     ),
     "other calculator": (_config(calculator_type="SwitchDropTokenCalculator"), "calculator_type is 'SwitchDropToken"),
-    "no softmax": (_config(gate_use_softmax=False), "gate_use_softmax is False, the engine computes only True"),
     "no scores": (_config(multiply_gate_scores=False), "multiply_gate_scores is False, the engine computes only True"),
-    "weight norm": (_config(add_weight_norm=True), "add_weight_norm is True, the engine computes only False"),
+    "softmax of words": (_config(gate_use_softmax="no"), "gate_use_softmax must be true or false, got 'no'"),
+    "no weight norm": (_config(add_weight_norm=True), f"lacks {NORM} and 1 more keys; "),
+    "weight norm": (_weights(lambda t: t.update({NORM: torch.ones(1)})), f"holds {NORM}, which"),
+    "classifier": (
+        _config(architectures=["LlamaMoEForSequenceClassification"]),
+        r"architectures is \['LlamaMoEForSequenceClassification'\], known are",
+    ),
     "residual": (
         _config(architectures=["LlamaMoEResidualForCausalLM"]),
         r"intermediate_size_moe \(9632\) and intermediate_size_residual \(1376\), .* must add up to .* \(48\)",
@@ -160,6 +166,11 @@ def _gated(t: dict[str, Tensor]) -> None:
         t[f"model.layers.{layer}.mlp.gate.weight_noise.weight"] = torch.randn(8, 32)
 
 
+def _normed(t: dict[str, Tensor]) -> None:
+    for layer, scale in enumerate((3.5, -0.7)):
+        t[f"model.layers.{layer}.mlp.calculator.mlp_norm.weight"] = torch.tensor([scale])
+
+
 def _unequal(t: dict[str, Tensor]) -> None:
     """Moves the last neuron of expert 0 of each layer to expert 1."""
     for layer in range(2):
@@ -173,6 +184,8 @@ def _unequal(t: dict[str, Tensor]) -> None:
 VARIANTS: dict[str, Callable[[Path], None]] = {
     "noise": lambda f: (_config(gate_add_noise=True)(f), _weights(_gated)(f)),  # type: ignore[func-returns-value]
     "unequal": lambda f: (_config(size_experts=[[5, 7, *[6] * 6]] * 2)(f), _weights(_unequal)(f)),  # type: ignore[func-returns-value]
+    "weight norm": lambda f: (_config(add_weight_norm=True)(f), _weights(_normed)(f)),  # type: ignore[func-returns-value]
+    "no softmax": _config(gate_use_softmax=False),
     "scales": _config(score_scale_factor=[4.0, 2.5]),
     "rotary buffers": _weights(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
 }
@@ -189,7 +202,7 @@ def test_published_variants_are_read_run_and_written_back(name: str, copy: Path,
     assert run_tool("verify", tmp_path / "engine", tmp_path / "back") == 0
 
 
-def residual_folder(folder: Path) -> Path:
+def residual_folder(folder: Path, **more: Any) -> Path:
     """A model of 6 routed and 2 residual experts of 6 neurons, under the published names."""
     from checkpoint_tools.hf_modeling.configuration_llama_moe import LlamaMoEResidualConfig
     from checkpoint_tools.hf_modeling.modeling_llama_moe import LlamaMoEResidualForCausalLM
@@ -197,19 +210,21 @@ def residual_folder(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {**SIZES, "intermediate_size_moe": 36, "intermediate_size_residual": 12, "num_experts": 6, "num_selects": 2}
     config = LlamaMoEResidualConfig(
-        **sizes, num_experts_residual=2, score_scale_factor=3.0, score_scale_factor_residual=2.0
+        **sizes, num_experts_residual=2, score_scale_factor=3.0, score_scale_factor_residual=2.0, **more
     )
     LlamaMoEResidualForCausalLM(config).save_pretrained(folder)
     return folder
 
 
-def test_residual_models_have_the_published_keys_and_come_back(tmp_path: Path) -> None:
-    folder = residual_folder(tmp_path / "hf")
+@pytest.mark.parametrize("use_weighting", [False, True])
+def test_residual_models_have_the_published_keys_and_come_back(use_weighting: bool, tmp_path: Path) -> None:
+    folder = residual_folder(tmp_path / "hf", use_weighting=use_weighting)
     keys = {key.replace("layers.1.", "layers.{i}.") for key in all_tensors(folder) if "layers.1.mlp" in key}
     mlp = "model.layers.{i}.mlp"
     assert f"{mlp}.residual_block.gate.gate_network.weight" in keys
     assert f"{mlp}.residual_block.calculator.experts.weight_gate.1" in keys
     assert f"{mlp}.moe_layer.gate.weight_noise.weight" in keys
+    assert (f"{mlp}.weighting_network.0.weight" in keys) == use_weighting
     assert f"{mlp}.moe_layer.calculator.experts.weight_down.5" in keys
     assert run_tool("convert", folder, tmp_path / "engine") == 0
     assert run_tool("verify", folder, tmp_path / "engine") == 0
@@ -219,16 +234,19 @@ def test_residual_models_have_the_published_keys_and_come_back(tmp_path: Path) -
 
 
 def test_a_residual_layer_is_the_sum_of_the_specification(tmp_path: Path) -> None:
-    """specs/llama_moe.md 3.6: y = MoE(x) + sum over j of softmax(W x)_j * factor * FFN_j(x)."""
+    """specs/llama_moe.md 3.6: y = MoE(x) + sum over j of softmax(W x)_j * factor * FFN_j(x); weighed, if asked for."""
     from ep_engine.model import Decoder
     from ep_engine.parallelize import entries_of
 
-    source = open_source(residual_folder(tmp_path / "hf"))
+    source = open_source(residual_folder(tmp_path / "hf", use_weighting=True))
     model = Decoder(source.config)
     for name, shard in entries_of([model]).items():
         shard.tensor.copy_(source.tensors[name])
     layer = model.moe_layers()[1]
     x = torch.randn(5, 32)
+    weighed, _ = layer(x)
+    weights = layer.residual_weighting(x)
+    layer.residual_weighting = None
     whole, _ = layer(x)
     residual, layer.residual = layer.residual, None
     routed, _ = layer(x)
@@ -240,3 +258,6 @@ def test_a_residual_layer_is_the_sum_of_the_specification(tmp_path: Path) -> Non
         gate, up, down = (source.tensors[f"{at}.each.{j}.{n}.weight"] for n in ("w_gate", "w_up", "w_down"))
         expected += shares[:, j, None] * 2.0 * ((torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T)
     torch.testing.assert_close(whole - routed, expected, rtol=1e-4, atol=1e-5)
+    two = torch.softmax(x @ source.tensors["layers.1.moe.residual_weighting.weight"].T, dim=1)
+    torch.testing.assert_close(weights, two)
+    torch.testing.assert_close(weighed, two[:, :1] * routed + two[:, 1:] * expected, rtol=1e-4, atol=1e-5)

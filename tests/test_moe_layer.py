@@ -218,4 +218,5 @@ def test_choices_that_are_dropped_bring_nothing(one_row_per_copy: bool, grouped:
     expected.backward(grad)
     for a, b in zip(found, [expected.detach(), x.grad, *(p.grad for p in layer.parameters())], strict=True):
         torch.testing.assert_close(a, b, **TOLERANCE)
-    assert int(router.dropped) == int((~kept_TK).sum())
+    of_experts = [int((routing.ids_TK[~kept_TK] == expert).sum()) for expert in range(8)]
+    assert router.dropped_E.tolist() == of_experts

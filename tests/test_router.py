@@ -1,6 +1,7 @@
 """Selection rules: by hand, against the plain loop, and the guarantees they give."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,20 @@ def test_weights_are_a_softmax_over_the_chosen_in_float32(gate: str) -> None:
     assert routing.weights_TK.dtype == torch.float32
     torch.testing.assert_close(routing.weights_TK.double(), by_hand(router, x, 3.0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(routing.weights_TK.sum(dim=1), torch.full((20,), 3.0))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_cosine_gate_is_the_posterior_of_a_mixture_of_gaussians(temperature: float) -> None:
+    """specs/dense2moe.md 3: a softmax of exp(t) u c, of unit vectors, is one of -|u - c|^2 / 2 exp(t)."""
+    router = Router(MoEConfig(num_experts=8, top_k=2, expert_hidden_size=1, gate="cosine", gate_hidden_size=4), 6, 0)
+    for weight in router.parameters():
+        torch.nn.init.normal_(weight)
+    torch.nn.init.constant_(router.temperature, temperature)
+    x_TD = torch.randn(50, 6)
+    u_TR = F.normalize((x_TD @ router.w_in.T).double(), dim=1).detach()
+    c_ER = F.normalize(router.w_out.double(), dim=1).detach()
+    distance_TE = (u_TR[:, None] - c_ER[None]).square().sum(dim=2)
+    expected_TE = (-distance_TE / 2 * math.exp(temperature)).softmax(dim=1)
+    found_TE = router.logits(x_TD).softmax(dim=1).detach()
+    torch.testing.assert_close(found_TE.double(), expected_TE, rtol=1e-5, atol=1e-6)
+    assert temperature > 0 or float(found_TE.max()) < math.e / (math.e + 7 / math.e) < 0.52

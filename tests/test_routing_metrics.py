@@ -28,13 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_layer_by_hand() -> None:
     # Three tokens choose two of four experts each; 1.5 is what each expert would have if all had the same.
     load_E, importance_E = torch.tensor([3.0, 2.0, 1.0, 0.0]), torch.tensor([1.5, 0.75, 0.75, 0.0])
-    found = describe_layer(load_E, importance_E, tokens=3.0, entropy=1.2, dropped=0.0)
+    found = describe_layer(load_E, importance_E, torch.tensor([1.0, 0.0, 1.0, 0.0]), tokens=3.0, entropy=1.2)
     assert found["load"] == [3, 2, 1, 0]
     assert found["importance"] == [1.5, 0.75, 0.75, 0.0]
     assert found["max_violation"] == 1.0
     assert found["entropy"] == pytest.approx(1.5 * math.log(2))  # of 1/2, 1/4, 1/4, 0
     assert found["token_entropy"] == pytest.approx(0.4)
-    assert found["dropped"] == 0
+    assert (found["dropped"], found["dropped_of_expert"]) == (2, [1, 0, 1, 0])
 
 
 def test_layers_of_other_widths_are_not_diluted() -> None:
@@ -59,7 +59,7 @@ def _count(rank: int, world_size: int, model: ModelConfig) -> None:
         routings = [Routing(one.topk(2).indices, one.new_ones(20, 2), one) for one in logits_LTE]
         kind = (kinds["switch"][1],)
         watch(torch.zeros(1), {i: router_statistics(routing, losses=kind) for i, routing in enumerate(routings)})
-    load_LE, importance_LE, tokens_L, entropy_L, dropped_L, balance = watch.taken(dist.group.WORLD)
+    load_LE, importance_LE, dropped_LE, tokens_L, entropy_L, balance = watch.taken(dist.group.WORLD)
     for layer in range(2):
         logits_TE = torch.cat([part[layer] for part in parts]).double()
         p_TE = logits_TE.exp() / logits_TE.exp().sum(dim=1, keepdim=True)
@@ -67,7 +67,8 @@ def _count(rank: int, world_size: int, model: ModelConfig) -> None:
         assert torch.equal(load_LE[layer], chosen.double())
         torch.testing.assert_close(importance_LE[layer], p_TE.sum(dim=0), rtol=1e-5, atol=1e-5)  # summed in float32
         torch.testing.assert_close(entropy_L[layer], -(p_TE * p_TE.log()).sum(), rtol=1e-5, atol=1e-5)
-    assert (tokens_L.tolist(), dropped_L.tolist()) == ([40, 40], [0, 0])
+    assert tokens_L.tolist() == [40, 40]
+    assert not dropped_LE.any()
     values = []
     for one in (one for part in parts for one in part):
         share_E = torch.bincount(one.topk(2).indices.flatten(), minlength=8) / 40

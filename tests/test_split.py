@@ -22,7 +22,7 @@ from checkpoint_tools.source import open_source
 from checkpoint_tools.split import SplitOptions, check_experts, cut_experts, split
 from ep_engine.checkpoint import read_manifest
 from ep_engine.errors import Fault
-from tests.small_models import dense_folder, edit_json, edit_weights, moe_checkpoint, run_tool
+from tests.small_models import all_tensors, dense_folder, edit_json, edit_weights, moe_checkpoint, run_tool
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,77 @@ def test_published_files_are_read_whatever_they_hold(kind: str, dense: Path, tmp
     assert [[sorted(neurons) for neurons in experts] for experts in record["neurons"]] == again["neurons"]
 
 
+UNEVEN: dict[str, tuple[list[Any], list[int], int, bool]] = {
+    # of two layers: what a file holds; the sizes of the experts; the width of all; whether they are the dense FFN
+    "labels": ([[0] * 20 + [1] * 4 + [2] * 12 + [3] * 12, [3, 2, 1, 0] * 12], [20, 4, 12, 12], 48, True),
+    "lists": ([[[5, 1, 40], [7], [1, 2], [3, 4]], [[1, 5, 9], [8], [0, 2], [3, 4]]], [3, 1, 2, 2], 8, False),
+    "pruned": ([[list(range(40, 8, -1))], [list(range(32))]], [32], 32, False),
+}
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_published_experts_may_be_of_any_size(kind: str, dense: Path, tmp_path: Path) -> None:
+    """Smaller ones are filled up with zeros, which are gone again in the export."""
+    layers, sizes, width, whole = UNEVEN[kind]
+    for layer, value in enumerate(layers):
+        torch.save(value, tmp_path / f"layers.{layer}.mlp.up_proj.weight")
+    arguments = ("--method", "published", "--num-experts", len(sizes), "--top-k", 1, "--score-scale", "3,2.5")
+    assert run_tool("split", dense, tmp_path / "moe", "--files", tmp_path, *arguments) == 0
+    made, source = open_source(tmp_path / "moe"), open_source(dense)
+    assert made.config.moe is not None
+    assert made.config.moe.score_scale == [3.0, 2.5]
+    assert made.config.moe.expert_hidden_size == max(sizes)
+    assert (made.config.moe.expert_sizes or [sizes])[0] == sizes
+    record = json.loads((tmp_path / "moe/split.json").read_text())
+    for layer, experts in enumerate(record["neurons"]):
+        for e, neurons in enumerate(experts):
+            w_down = made.tensors[f"layers.{layer}.moe.experts.{e}.w_down"]
+            assert torch.equal(
+                w_down[:, : len(neurons)], source.tensors[f"layers.{layer}.ffn.w_down.weight"][:, neurons]
+            )
+            assert not w_down[:, len(neurons) :].any()
+    assert run_tool("verify", dense, tmp_path / "moe", "--all-experts") == (0 if whole else 1)
+    assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["intermediate_size"], config["size_experts"][0]) == (width, sizes)
+    assert all_tensors(tmp_path / "hf")["model.layers.0.mlp.calculator.experts.weight_up.0"].shape == (sizes[0], 32)
+    assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0
+    files = ("--files", tmp_path / "moe/split")  # as published again
+    assert run_tool("split", dense, tmp_path / "again", *files, *arguments) == 0
+    assert json.loads((tmp_path / "again/split.json").read_text())["neurons"] == record["neurons"]
+    assert run_tool("describe-split", tmp_path / "moe", "--picture", tmp_path / "split.png") == 0
+
+
+def test_experts_that_share_neurons_may_be_larger_than_a_share(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score_LEN = torch.rand(2, 4, 48, generator=torch.Generator().manual_seed(0))
+    given = ("--method", "gradient", "--importance", write_importance(tmp_path / "scores", score_LEN))
+    sizes = ("--num-experts", 4, "--top-k", 2, "--expert-size")
+    assert run_tool("split", dense, tmp_path / "moe", *given, "--assignment", "shared", *sizes, 20) == 0
+    record = json.loads((tmp_path / "moe/split.json").read_text())
+    assert record["neurons"] == score_LEN.sort(dim=2, descending=True, stable=True).indices[:, :, :20].tolist()
+    published = torch.load(tmp_path / "moe/split/layers.1.mlp.up_proj.weight", weights_only=True)
+    assert published == record["neurons"][1]
+    for more, sentence in (
+        (("--assignment", "shared", *sizes, 49), "--expert-size (49) of 0 residual experts and one other is more than"),
+        ((*sizes, 20), "--expert-size 20 has no effect on --assignment optimal"),
+    ):
+        assert run_tool("split", dense, tmp_path / "refused", *given, *more) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("scale", ["many", "1,2,3", "nan"])
+def test_scales_that_cannot_be_are_refused(
+    scale: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--num-experts", 4, "--top-k", 2)
+    assert run_tool("split", dense, tmp_path / "moe", *sizes, "--score-scale", scale) == 2
+    words = "moe.score_scale has 3 layers, the model has 2" if "," in scale else f"--score-scale ({scale}) must be"
+    assert words in capsys.readouterr().err
+
+
 class Harmful:
     """Would make a folder when it is read."""
 
@@ -188,13 +259,16 @@ def test_split_files_that_do_not_fit_or_run_something_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "layers.0.mlp.up_proj.weight"
-    uneven = [0] * 13 + [1] * 11 + [2] * 12 + [3] * 12
     for value, sentence in (
-        ([0, 1, 2, 3] * 11, "must hold 48 labels in 0..3, 12 of each"),
-        (uneven, "12 of each"),
+        ([0, 1, 2, 3] * 11, "must hold 48 labels in 0..3, each of them there, or 4 lists"),
+        ([0, 1, 2] * 16, "got list of 48 numbers; correct --num-experts or the file"),
         ([0.5] * 48, "must hold 48 labels"),
-        ([[0] * 12] * 4, "lists of so many distinct neurons"),
-        ([list(range(11))] * 3 + [list(range(12))], "must hold 48 labels"),
+        ([0, 1, 2, 4] * 12, "must hold 48 labels"),
+        ([[0] * 12] * 4, "lists of distinct neurons in 0..47"),
+        ([[1, 2], [3], [4, 48], [5]], "lists of distinct neurons in 0..47"),
+        ([[1, 2], [3], [], [5]], "lists of distinct neurons in 0..47"),
+        ([[1, 2], [3], [4]], "lists of distinct neurons in 0..47"),
+        (float("inf"), "got float"),
         (Harmful(), "wants to run posix.mkdir"),
     ):
         torch.save(value, path)
@@ -227,7 +301,10 @@ def test_neurons_go_where_they_are_needed(assignment: str, dense: Path, tmp_path
     record = json.loads((tmp_path / "moe" / "split.json").read_text())
     assert (record["method"], record["assignment"]) == ("gradient", assignment)
     for layer, experts in enumerate(record["neurons"]):
-        assert experts == [torch.nonzero(wanted_LN[layer] == expert)[:, 0].tolist() for expert in range(12)]
+        for expert, neurons in enumerate(experts):
+            best_first = sorted(neurons, key=lambda n: -float(score_LEN[layer, expert, n]))
+            assert neurons == (best_first if assignment == "shared" else sorted(neurons))
+            assert sorted(neurons) == torch.nonzero(wanted_LN[layer] == expert)[:, 0].tolist()
 
 
 def test_published_code_takes_clusters_in_the_order_of_text(dense: Path, tmp_path: Path) -> None:
@@ -280,7 +357,7 @@ def test_what_most_clusters_want_becomes_residual(assignment: str, dense: Path, 
     assert record["residual_experts"] == 2
     for experts in record["neurons"]:
         assert sorted(experts[0] + experts[1]) == list(range(16))
-        assert experts[2:] == [list(range(16 + 8 * e, 24 + 8 * e)) for e in range(4)]
+        assert [sorted(neurons) for neurons in experts[2:]] == [list(range(16 + 8 * e, 24 + 8 * e)) for e in range(4)]
     assert run_tool("verify", dense, tmp_path / "moe", "--all-experts") == 0
     assert run_tool("export", tmp_path / "moe", tmp_path / "hf") == 0
     assert run_tool("verify", tmp_path / "moe", tmp_path / "hf") == 0

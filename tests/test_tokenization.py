@@ -1,7 +1,10 @@
 """`ep-engine tokenizer` and `tokenize`: token files of every kind of corpus, and every way to give a wrong one."""
 
+import io
 import json
+import re
 import shutil
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +13,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
+from rich.console import Console
 from transformers import AutoTokenizer
 
+from ep_engine import progress
+from ep_engine.c2r.profile import token_file
 from ep_engine.data import documents, tokenization
 from ep_engine.data.corpus import END_OF_TEXT, train_tokenizer
+from ep_engine.data.encoder import fitting
 from ep_engine.data.tokenization import Reading, Tokenizing
-from ep_engine.data.tokens import TokenFile, mask_prefix
+from ep_engine.data.tokens import TokenFile, mask_prefix, write_token_file
+from ep_engine.errors import UserError
+from ep_engine.resolve import resolve
+from tests.run_cases import small_run
 from tests.run_files import contents
 from tests.texts import VOCABULARY, WORDS, text_model, write_documents
 
@@ -230,6 +242,75 @@ def test_ids_of_another_vocabulary_are_no_tokens_of_a_checkpoint(run: Command, t
     assert not list(tmp_path.glob("t.*"))
     assert run(*command, tmp_path / "model")[0] == 0
 
+    # the same of a run, and of what reads a token file for a checkpoint
+    write_token_file(tmp_path / "text", [np.arange(400) % 290], VOCABULARY)
+    (tmp_path / "text.json").write_text('{"tokenizer": "elsewhere", "vocabulary": "0"}')
+    data = {"train": str(tmp_path / "text"), "heldout": None, "heldout_batches": 16}
+    tokenizer = {**data, "tokenizer": str(tmp_path / "other")}
+    with pytest.raises(UserError, match=rf"other \(295 tokens\) is not that of checkpoint {model} \(300\)"):
+        resolve(small_run(tmp_path, "run", model={"checkpoint": str(model)}, data=tokenizer), 1)
+    made = rf"^token file {tmp_path}/text.bin was made with another vocabulary \(elsewhere\) than that of {model}/tok"
+    status, _, err = run("evaluate", model, "--tokens", tmp_path / "text")
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.match(made, err)
+    with pytest.raises(UserError, match=made), token_file(model, None, tmp_path / "text", 10, seed=0):
+        pass
+
+
+def test_a_tokenizer_in_the_files_of_its_kind_is_taken(run: Command, tokenizer: Path, tmp_path: Path) -> None:
+    """vocab.json and merges.txt, of which transformers makes a tokenizer.json."""
+    made, own = json.loads((tokenizer / "tokenizer.json").read_text())["model"], tmp_path / "own"
+    own.mkdir()
+    (own / "vocab.json").write_text(json.dumps(made["vocab"]))
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in made["merges"])
+    (own / "merges.txt").write_text("#version: 0.2\n" + "\n".join(pairs))
+    (own / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}')
+    corpus = write_documents(tmp_path / "corpus")
+    for name, folder in (("a", tokenizer), ("b", own)):
+        assert run("tokenize", corpus, "--tokenizer", folder, "--out", tmp_path / name)[0] == 0
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4), st.integers(2, 30))
+def test_a_conversation_keeps_whole_turns_or_shares_of_the_first(turns: list[tuple[int, int]], most: int) -> None:
+    mask = np.concatenate([np.repeat([0, 1], turn) for turn in turns]).astype(np.uint8)
+    kept = np.arange(len(mask))[fitting(mask, most)]
+    s, t = turns[0]
+    if s + t > most:
+        target = max(int(most * t / (s + t)), 1)
+        assert kept.tolist() == [*range(most - target), *range(s, s + target)]
+    else:
+        ends = np.cumsum([sum(turn) for turn in turns])
+        assert kept.tolist() == list(range(ends[ends <= most].max()))
+
+
+def test_long_conversations_are_cut_where_asked(run: Command, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "river " * 40, "output": "stream " * 20}]))
+    command = ("tokenize", tmp_path / "a.json", "--format", "alpaca", "--template", "vicuna", "--tokenizer", tokenizer)
+    assert run(*command, "--out", tmp_path / "t", "--max-length", 24)[0] == 0
+    tokens = TokenFile(tmp_path / "t")
+    assert tokens.mask is not None
+    assert tokens.num_tokens == 24
+    learnt = tokens.mask.read(0, 24)
+    assert 0 < learnt.sum() < 12
+    assert learnt[-1] == 1
+    status, _, err = run("tokenize", tmp_path / "a.json", "--max-length", 24, *command[-2:], "--out", tmp_path / "u")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("--max-length 24 is for conversations, texts are cut into rows; leave it out, or give --form")
+
+
+def test_progress_tells_tokens_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with progress.token_bar("text", 1000) as advance:
+        time.sleep(0.05)
+        advance(500, 400)
+        time.sleep(0.2)  # a bar is drawn ten times a second
+    speeds = re.findall(r"([\d,]+) tokens/s", shown.getvalue())
+    assert speeds
+    assert 500 < int(speeds[-1].replace(",", "")) <= 8000
+
 
 REFUSALS: dict[str, tuple[str, str]] = {
     "no corpus": ("tokenize {out}/none", r"^corpus .*/none does not exist; give files or folders of documents\n$"),
@@ -254,7 +335,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "an unknown format": ("tokenize {out}/a.txt --format csv", r"'--format'.*csv"),
     "domains of files": ("tokenize {out}/a.txt --domains", r"^--domains wants one folder of folders, got .*/a\.txt"),
     "an output that is there": ("tokenize {out}/a.txt --out {out}/old", r"^output .*/old\.bin exists; choose another"),
-    "no tokenizer": ("tokenize {out}/a.txt --tokenizer {out}/empty", r"^tokenizer folder .*/empty holds no tokenizer"),
+    "no tokenizer": (
+        "tokenize {out}/a.txt --tokenizer {out}/empty",
+        r"^tokenizer folder .*/empty holds none of tokenizer\.json, ",
+    ),
     "no checkpoint": ("tokenize {out}/a.txt --checkpoint {out}/empty", r"/empty holds no engine checkpoint"),
     "too few tokens": ("tokenizer {out}/a.txt --vocab-size 9", r"^vocab_size \(9\) must be at least 257"),
     "a tokenizer of nothing": ("tokenizer {out}/blank.txt --vocab-size 300", r"^corpus .*/blank\.txt holds 0 texts"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from checkpoint_tools.source import open_source
 from ep_engine.c2r.collaboration import Profile, read_profile
@@ -18,7 +19,10 @@ from ep_engine.checkpoint import newest, read_manifest
 from ep_engine.config import RunConfig
 from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import Fault, UserError
+from ep_engine.initial import initialise
 from ep_engine.mesh import World
+from ep_engine.model import Decoder
+from ep_engine.parallelize import entries_of
 from ep_engine.resolve import resolve
 from ep_engine.training.trainer import train
 from tests.distributed import run_ranks
@@ -57,6 +61,28 @@ def test_twenty_steps_give_the_golden_losses(kind: str, folder: Path) -> None:
     assert len(found) == len(golden) == 21
     assert found == pytest.approx(golden, rel=1e-4)
     assert found[-2] < found[0] - 0.15
+
+
+def test_a_step_is_that_of_torch(folder: Path) -> None:
+    """A dense model, its gradient clipped to a tenth of its norm, by torch's own clipping and AdamW."""
+    train_of = {"steps": 1, "warmup_steps": 0, "clip_grad_norm": 0.1, "weight_decay": 0.2, "beta2": 0.9}
+    config = small_run(folder, "one-step", train=train_of)
+    run = resolve(config, 1)
+    batch, model = run.blend().read(run.blend().ahead(config.data.batch_size)), Decoder(run.model)
+    initialise(entries_of([model]), run.model, config.train.seed)
+    train_here(config)
+    loss = F.cross_entropy(model(batch.inputs_BS).flatten(0, 1), batch.targets_BS.flatten())
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.2}, {"params": others, "weight_decay": 0.0}]
+    torch.optim.AdamW(groups, lr=config.train.learning_rate, betas=(0.9, 0.9)).step()
+    line = json.loads((config.output.folder / "metrics.jsonl").read_text())
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert float(norm) > 1
+    after = open_source(config.output.folder / "checkpoints/step_000001").tensors
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(after[name], weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 def _write_golden(kind: str, found: list[float]) -> None:

@@ -3,12 +3,15 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from checkpoint_tools.forward import routed
 from checkpoint_tools.source import open_source
+from checkpoint_tools.split import SplitOptions
+from checkpoint_tools.split import moe_config as split_config
 from checkpoint_tools.upcycle import UpcycleOptions, moe_config
 from ep_engine.entries import expected_entries
 from ep_engine.model_config import ModelConfig
@@ -166,21 +169,52 @@ def test_noise_and_dropped_neurons(dense: Path, tmp_path: Path, capsys: pytest.C
             assert float(fresh.std()) == pytest.approx(spread, rel=0.2)
 
 
+LLAMA_2_7B = ModelConfig(
+    vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
+    intermediate_size=11008,
+)  # fmt: skip
 PARAMETERS = {  # specs/dense2moe.md 5: E, first layer, step -> layers with experts, parameters of LLaMA-2-7B upcycled
     (8, 16, 2): (8, 14_313_590_784),
     (8, 16, 1): (16, 21_888_765_952),
     (2, 28, 2): (2, 7_008_964_608),
+    (8, 0, 2): (16, 21_888_765_952),
+    (8, 8, 2): (12, 18_101_178_368),
+    (8, 0, 1): (32, 37_039_116_288),
 }
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "keys", "parameters", "active"),
+    [(16, 2, 1859, 6_742_618_112, 2_953_064_448), (16, 4, 1859, 6_742_618_112, 3_494_129_664),
+     (8, 2, 1091, 6_740_514_816, 3_493_074_944)],
+)  # fmt: skip
+def test_keys_and_parameters_of_the_published_models(
+    num_experts: int, top_k: int, keys: int, parameters: int, active: int
+) -> None:
+    """specs/llama_moe.md 2.7, of LLaMA-MoE-v1; one of the keys of a layer is a rotary buffer, which is no weight."""
+    options = SplitOptions(num_experts, top_k, gate_noise=True)
+    config = split_config(LLAMA_2_7B, options)
+    sizes = {name: math.prod(shape) for name, shape in expected_entries(config).items()}
+    assert len(sizes) + config.num_layers == keys
+    assert sum(sizes.values()) == parameters
+    experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    noise = sum(size for name, size in sizes.items() if name.endswith("w_noise"))
+    assert parameters - noise - experts * (num_experts - top_k) // num_experts == active
+    assert sum(math.prod(shape) for shape in expected_entries(LLAMA_2_7B).values()) == 6_738_415_616
+
+
+@pytest.mark.parametrize(("gate", "parameters"), [("mlp", 1_050_880), ("cosine", 1_050_625)])
+def test_parameters_of_a_gate_are_those_of_the_specification(gate: Any, parameters: int) -> None:
+    """specs/dense2moe.md 5: r = 256, 8 experts."""
+    config = moe_config(LLAMA_2_7B, UpcycleOptions(8, 2, gate="mlp_gelu" if gate == "mlp" else gate))
+    of_layer = (shape for name, shape in expected_entries(config).items() if name.startswith("layers.3.moe.router."))
+    assert sum(map(math.prod, of_layer)) == parameters
 
 
 @pytest.mark.parametrize("pattern", PARAMETERS)
 def test_parameters_are_those_of_the_specification(pattern: tuple[int, int, int]) -> None:
     num_experts, start, step = pattern
-    llama = ModelConfig(
-        vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128,
-        intermediate_size=11008,
-    )  # fmt: skip
-    config = moe_config(llama, UpcycleOptions(num_experts, 1, start_layer=start, layer_step=step))
+    config = moe_config(LLAMA_2_7B, UpcycleOptions(num_experts, 1, start_layer=start, layer_step=step))
     layers, parameters = PARAMETERS[pattern]
     assert len(config.moe_layers()) == layers
     assert sum(math.prod(shape) for shape in expected_entries(config).values()) == parameters

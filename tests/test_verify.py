@@ -17,8 +17,6 @@ from ep_engine.errors import Fault
 from ep_engine.whole_model import write_model
 from tests.small_models import dense_folder, edit_json, edit_weights, moe_checkpoint, routing_tables, run_tool
 
-pytest.importorskip("ep_engine.model")
-
 RULES = ["topk", "group_limited", "c2r", "c2r_grouped"]
 ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 CONFIGS: dict[str, dict[str, Any]] = {

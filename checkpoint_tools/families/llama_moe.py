@@ -22,12 +22,15 @@ _FIELDS = (
     Field("num_experts", "num_experts", int, 16),
     Field("num_selects", "top_k", int, 4),
     Field("gate_add_noise", "gate_noise", bool, True),
+    Field("add_weight_norm", "learned_scale", bool, False),
 )
+_SOFTMAX = Field("gate_use_softmax", "softmax", bool, True)
 _RESIDUAL_FIELDS = (
     Field("intermediate_size_moe", "moe_size", int, 9632),
     Field("intermediate_size_residual", "residual_size", int, 1376),
     Field("num_experts_residual", "residual_experts", int, 2),
     Field("score_scale_factor_residual", "residual_scale", float, 1.0),
+    Field("use_weighting", "residual_weighting", bool, False),
 )
 
 
@@ -39,6 +42,7 @@ def _moe_names(model: ModelConfig, at: str) -> Names:
         "layers.{i}.moe.experts.{e}.w_up": f"{at}.calculator.experts.weight_up.{{e}}",
         "layers.{i}.moe.experts.{e}.w_down": f"{at}.calculator.experts.weight_down.{{e}}",
         "layers.{i}.moe.router.w_noise": f"{at}.gate.weight_noise.weight",
+        "layers.{i}.moe.router.scale": f"{at}.calculator.mlp_norm.weight",
     }
     w_in = f"{at}.gate.gate_network.weight" if gate == "linear" else f"{at}.gate.gate_network.0.weight"
     w_out = {"layers.{i}.moe.router.w_out": f"{at}.gate.gate_network.2.weight"} if gate == "mlp" else {}
@@ -50,6 +54,7 @@ def _residual_names(model: ModelConfig) -> Names:
     return {
         **_moe_names(model, f"{_MLP}.moe_layer"),
         "layers.{i}.moe.residual.gate": f"{at}.gate.gate_network",
+        "layers.{i}.moe.residual_weighting": f"{_MLP}.weighting_network.0",
         # Bare parameters: their keys have no `.weight`.
         "layers.{i}.moe.residual.each.{e}.w_gate.weight": f"{at}.calculator.experts.weight_gate.{{e}}",
         "layers.{i}.moe.residual.each.{e}.w_up.weight": f"{at}.calculator.experts.weight_up.{{e}}",
@@ -97,6 +102,7 @@ def _read_moe(
         expert_hidden_size=largest,
         expert_sizes=None if equal else sizes,
         gate=config.get("gate_network", "mlp"),
+        score="softmax_of_chosen" if read_fields(config, (_SOFTMAX,), WHERE)["softmax"] else "logit",
         score_scale=_scale(config.get("score_scale_factor", 1.0)),
         routing=read_routing(config),
     )
@@ -156,6 +162,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": max(map(sum, sizes)),
         "size_experts": sizes,
         "gate_network": moe.gate,
+        "gate_use_softmax": moe.score != "logit",
         "score_scale_factor": moe.score_scale,
         "attention_bias": bool(model.attention_bias),
     }
@@ -178,6 +185,7 @@ def _write_residual(model: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config["intermediate_size"] + residual,
         "num_experts_residual": moe.residual_experts,
         "score_scale_factor_residual": moe.residual_scale,
+        "use_weighting": moe.residual_weighting,
     }
 
 
@@ -185,9 +193,7 @@ _FIXED = {
     "hidden_act": ("silu", "silu"),
     "gate_type": ("TopKBalancedNoisyGate", "TopKBalancedNoisyGate"),
     "calculator_type": ("UniversalCalculator", "UniversalCalculator"),
-    "gate_use_softmax": (True, True),
     "multiply_gate_scores": (True, True),
-    "add_weight_norm": (False, False),
 }
 _MODELING = "checkpoint_tools.hf_modeling.modeling_llama_moe"
 
@@ -199,7 +205,7 @@ LLAMA_MOE = Family(
     fields=(*DECODER_FIELDS, ATTENTION_BIAS),
     fixed=_FIXED,
     more_keys=frozenset(
-        {f.key for f in _FIELDS}
+        {f.key for f in (*_FIELDS, _SOFTMAX)}
         | {"size_experts", "gate_network", "score_scale_factor", "dense_layers", "attention_output_bias"}
         | ROUTING_KEYS
     ),
@@ -224,7 +230,7 @@ LLAMA_MOE_RESIDUAL = replace(
         **_FIXED,
         "gate_use_softmax_residual": (True, True),
         "multiply_gate_scores_residual": (True, True),
-        "use_weighting": (False, False),
+        "add_weight_norm": (False, False),
     },
     more_keys=LLAMA_MOE.more_keys | {f.key for f in _RESIDUAL_FIELDS} | {"size_experts_residual"},
     read_more=_read_residual,

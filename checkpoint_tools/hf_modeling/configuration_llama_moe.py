@@ -14,14 +14,12 @@ RULES = ("topk", "group_limited", "c2r", "c2r_grouped")
 FIXED = {
     "gate_type": "TopKBalancedNoisyGate",
     "calculator_type": "UniversalCalculator",
-    "gate_use_softmax": True,
     "multiply_gate_scores": True,
-    "add_weight_norm": False,
 }
 FIXED_OF_RESIDUAL = {
     "gate_use_softmax_residual": True,
     "multiply_gate_scores_residual": True,
-    "use_weighting": False,
+    "add_weight_norm": False,
 }
 
 
@@ -35,7 +33,9 @@ class LlamaMoEConfig(LlamaConfig):
             an equal share of the width of all each.
         gate_network: `linear`, one (E, D) matrix, or `mlp`, (E, D), tanh, (E, E).
         gate_add_noise: whether the gate has a noise matrix; it is kept, and has no part in inference.
+        gate_use_softmax: whether the combine weights are a softmax over the K chosen, not their logits.
         score_scale_factor: factor on the combine weights, or [L], that of every layer.
+        add_weight_norm: whether a weight of every layer, which starts as that factor, takes its place.
         routing_rule: `topk`, `group_limited`, `c2r` (arXiv:2504.01337) or `c2r_grouped`; None: `c2r` if there is a
             list, else `topk`.
         top_t: T, how many collaborators of the top-1 expert are candidates, in K-1..E-1; or [L], that of every layer.
@@ -65,7 +65,9 @@ class LlamaMoEConfig(LlamaConfig):
         size_experts: list[list[int]] | None = None,
         gate_network: str = "mlp",
         gate_add_noise: bool = True,
+        gate_use_softmax: bool = True,
         score_scale_factor: float | list[float] = 1.0,
+        add_weight_norm: bool = False,
         routing_rule: str | None = None,
         top_t: int | list[int] | None = None,
         collaborative_list: list[list[list[int]]] | None = None,
@@ -81,7 +83,9 @@ class LlamaMoEConfig(LlamaConfig):
         self.size_experts = size_experts
         self.gate_network = gate_network
         self.gate_add_noise = gate_add_noise
+        self.gate_use_softmax = gate_use_softmax
         self.score_scale_factor = score_scale_factor
+        self.add_weight_norm = add_weight_norm
         self.routing_rule = routing_rule or ("topk" if collaborative_list is None else "c2r")
         self.top_t = top_t
         self.collaborative_list = collaborative_list
@@ -152,6 +156,7 @@ class LlamaMoEResidualConfig(LlamaMoEConfig):
         intermediate_size_residual: width of all residual experts; the two add up to intermediate_size.
         num_experts_residual: r, equal residual experts per layer.
         score_scale_factor_residual: factor on their weights, a softmax over the r.
+        use_weighting: whether a softmax of two weighs the chosen experts against them.
         kwargs: of LlamaMoEConfig.
     """
 
@@ -164,12 +169,14 @@ class LlamaMoEResidualConfig(LlamaMoEConfig):
         intermediate_size_residual: int = 1376,
         num_experts_residual: int = 2,
         score_scale_factor_residual: float = 1.0,
+        use_weighting: bool = False,
         **kwargs: Any,
     ) -> None:
         self.intermediate_size_moe = intermediate_size_moe
         self.intermediate_size_residual = intermediate_size_residual
         self.num_experts_residual = num_experts_residual
         self.score_scale_factor_residual = score_scale_factor_residual
+        self.use_weighting = use_weighting
         super().__init__(**{"num_experts": 14, "num_selects": 2, **kwargs})
 
     def _width_of_experts(self) -> int:

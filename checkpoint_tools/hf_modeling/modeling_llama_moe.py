@@ -62,12 +62,23 @@ class LlamaMoEExperts(nn.Module):
         return F.linear(hidden, self.weight_down[expert])
 
 
+class LlamaMoEWeightNorm(nn.Module):
+    """A factor that is learned, and what it starts as."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.full((1,), start))
+
+
 class LlamaMoECalculator(nn.Module):
     """Weighted sum of the chosen experts in fp32; no token is dropped."""
 
-    def __init__(self, d: int, sizes: list[int]) -> None:
+    def __init__(self, d: int, sizes: list[int], learned_scale: float | None = None) -> None:
         super().__init__()
         self.experts = LlamaMoEExperts(d, sizes)
+        if learned_scale is not None:
+            self.mlp_norm = LlamaMoEWeightNorm(learned_scale)
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
@@ -87,7 +98,9 @@ class LlamaMoEBlock(nn.Module):
         sizes = config.expert_sizes(index)
         self.num_experts = len(sizes)
         self.gate = LlamaMoEGate(config, self.num_experts)
-        self.calculator = LlamaMoECalculator(config.hidden_size, sizes)
+        self.scale = float(of_layer(config.score_scale_factor, index))
+        learned = self.scale if config.add_weight_norm else None
+        self.calculator = LlamaMoECalculator(config.hidden_size, sizes, learned)
         self._tables: tuple[torch.device, dict[str, Any]] | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -95,10 +108,11 @@ class LlamaMoEBlock(nn.Module):
         logits_TE = self.gate(x_TD)
         # Softmax keeps the order; the logits themselves are compared, so that no two scores round together.
         ids_TK = select_experts(logits_TE.detach(), self.config.num_selects, **self._routing_tables(x_TD.device))
-        weights_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=1) * of_layer(
-            self.config.score_scale_factor, self.index
-        )
-        y_TD: Tensor = self.calculator(x_TD, ids_TK, weights_TK)
+        weights_TK = logits_TE.gather(1, ids_TK)
+        if self.config.gate_use_softmax:
+            weights_TK = torch.softmax(weights_TK, dim=1)
+        scale = self.calculator.mlp_norm.weight.float() if self.config.add_weight_norm else self.scale
+        y_TD: Tensor = self.calculator(x_TD, ids_TK, weights_TK * scale)
         return y_TD.reshape(hidden_states.shape)
 
     def _routing_tables(self, device: torch.device) -> dict[str, Any]:
@@ -141,16 +155,23 @@ class LlamaMoEResidualExperts(nn.Module):
 
 
 class LlamaMoEResidualBlock(nn.Module):
-    """Both, added up."""
+    """Both, added up, with weights if there are any."""
 
     def __init__(self, config: LlamaMoEResidualConfig, index: int) -> None:
         super().__init__()
         self.moe_layer = LlamaMoEBlock(config, index)
         self.residual_block = LlamaMoEResidualExperts(config)
+        self.use_weighting = config.use_weighting
+        if config.use_weighting:
+            self.weighting_network = nn.Sequential(nn.Linear(config.hidden_size, 2, bias=False), nn.Softmax(dim=-1))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return self.moe_layer(hidden_states) + self.residual_block(x_TD).reshape(hidden_states.shape)
+        routed_TD, residual_TD = self.moe_layer(x_TD), self.residual_block(x_TD)
+        if self.use_weighting:
+            shares_T2 = self.weighting_network(x_TD)
+            routed_TD, residual_TD = shares_T2[:, :1] * routed_TD, shares_T2[:, 1:] * residual_TD
+        return (routed_TD + residual_TD).reshape(hidden_states.shape)
 
 
 class _LlamaMoELoading:
@@ -170,6 +191,8 @@ class _LlamaMoELoading:
         if isinstance(module, nn.ParameterList):
             for weight in module:
                 nn.init.normal_(weight, mean=0.0, std=self.config.initializer_range)  # type: ignore[attr-defined]
+        if isinstance(module, LlamaMoEWeightNorm):
+            nn.init.constant_(module.weight, module.start)
 
 
 class LlamaMoEModel(_LlamaMoELoading, LlamaModel):

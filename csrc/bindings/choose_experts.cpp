@@ -7,7 +7,7 @@ namespace ep {
 namespace {
 
 Score score_of(int64_t number) {
-  STD_TORCH_CHECK(number >= 0 && number <= 2, "choose_experts: score must be in 0..2, got ", number);
+  STD_TORCH_CHECK(number >= 0 && number <= 3, "choose_experts: score must be in 0..3, got ", number);
   return static_cast<Score>(number);
 }
 

@@ -276,12 +276,14 @@ class Chooser {
       for (int64_t i = 0; i < kColumns * kLanes; ++i) sums += across(parts, i / kLanes, i % kLanes);
     }
     float x[(kMostInLanes + 1) * kLanes];
-    const bool sigmoid = args_.score == Score::kSigmoid;
+    const bool sigmoid = args_.score == Score::kSigmoid, logit = args_.score == Score::kLogit;
     for (int64_t k = 0; k < top_k; ++k) {
-      const Pack given = sigmoid ? scores[k] : scores[k] - scores[0];
+      const Pack given = sigmoid || logit ? scores[k] : scores[k] - scores[0];
       std::memcpy(x + k * kLanes, &given, sizeof(given));
     }
-    for (int64_t i = 0; i < top_k * kLanes; ++i) x[i] = sigmoid ? sigmoid_of(x[i]) : exp_of(x[i]);
+    if (!logit) {
+      for (int64_t i = 0; i < top_k * kLanes; ++i) x[i] = sigmoid ? sigmoid_of(x[i]) : exp_of(x[i]);
+    }
     for (int64_t k = 0; k < top_k; ++k) total += weights[k] = load<Pack>(x + k * kLanes) / sums;
     const Pack divisors = divides() ? total + kTiny : Pack{} + 1.0f;
     for (int64_t k = 0; k < top_k; ++k) {
@@ -311,6 +313,10 @@ class Chooser {
     float* __restrict out = probabilities_.data();
     if (args_.score == Score::kSigmoid) {
       for (int64_t e = 0; e < num; ++e) out[e] = sigmoid_of(logits[e]);
+      return;
+    }
+    if (args_.score == Score::kLogit) {
+      std::copy_n(logits, num, out);
       return;
     }
     Pack most[kColumns], sums[kColumns];

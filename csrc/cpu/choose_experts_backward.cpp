@@ -66,7 +66,9 @@ EP_VECTORISED void backward(const ChooseExpertsBackwardArgs& args, int64_t begin
     const float* grad = args.grad_weights + token * args.top_k;
     float* out = args.grad_logits + token * args.num_experts;
     std::fill_n(out, args.num_experts, 0.0f);
-    if (args.score == Score::kSigmoid) {
+    if (args.score == Score::kLogit) {
+      for (int64_t k = 0; k < args.top_k; ++k) out[ids[k]] = args.scale * grad[k];
+    } else if (args.score == Score::kSigmoid) {
       through_sigmoid(args, z, ids, grad, out);
     } else if (args.score == Score::kSoftmax && !args.renormalise) {
       through_all(args, z, ids, grad, out);

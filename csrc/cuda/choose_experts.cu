@@ -42,7 +42,7 @@ struct Token {
   Key* groups;          // [num_experts], the best of each group
   uint8_t* open;        // [num_experts]
   uint8_t* open_group;  // [num_experts]
-  Softmax softmax;      // over all, where scores are needed and not sigmoids
+  Softmax softmax;      // over all, where scores are needed and come from it
 
   static __host__ __device__ int64_t bytes(int64_t num_experts) {
     const int64_t flags = (2 * num_experts + 7) / 8 * 8;
@@ -67,6 +67,7 @@ struct Token {
   }
 
   __device__ float probability(int64_t e) const {
+    if (args.score == Score::kLogit) return logits[e];
     return args.score == Score::kSigmoid ? sigmoid_of(logits[e]) : softmax.of(logits[e]);
   }
 

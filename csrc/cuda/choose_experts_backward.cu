@@ -64,8 +64,16 @@ __global__ void choose_experts_backward_kernel(const ChooseExpertsBackwardArgs a
     gradient = through_all(choice, z, args.num_experts, args.scale, out);
   } else {
     for (int64_t e = threadIdx.x; e < args.num_experts; e += kWarpSize) out[e] = 0.0f;
-    gradient = args.score == Score::kSigmoid ? through_sigmoid(choice, args.renormalise, args.scale)
-                                             : through_chosen(choice, args.scale);
+    switch (args.score) {
+      case Score::kLogit:
+        gradient = args.scale * choice.grad;
+        break;
+      case Score::kSigmoid:
+        gradient = through_sigmoid(choice, args.renormalise, args.scale);
+        break;
+      default:
+        gradient = through_chosen(choice, args.scale);
+    }
   }
   __syncwarp();  // an expert's place is written by another lane before
   if (choice.chosen) out[choice.expert] = gradient;

@@ -25,6 +25,7 @@ from ep_engine.c2r.collaboration import Profile, agreement
 from ep_engine.data.batches import Batches
 from ep_engine.data.corpus import encode_files, text_files
 from ep_engine.data.tokens import TokenFile
+from ep_engine.data.vocabulary import check_text
 from ep_engine.errors import UserError
 from ep_engine.load_balance import RouterStatistics
 from ep_engine.mesh import Meshes, World, process_groups
@@ -139,13 +140,16 @@ def token_file(
     share a disk.
 
     Raises:
-        UserError: neither or both are given, a file is missing, the folder has no tokenizer, or nothing is text.
+        UserError: neither or both are given, a file is missing or not of the model's vocabulary, the folder has no
+            tokenizer, or nothing is text.
     """
     if (corpus is None) == (tokens is None):
         raise UserError(f"give either --corpus ({corpus}) or --tokens ({tokens}), the text to profile on")
     vocab_size = read_model_config(folder / "model.json").vocab_size
     if tokens is not None:
-        yield TokenFile(tokens, vocab_size=vocab_size)
+        given = TokenFile(tokens, vocab_size=vocab_size)
+        check_text(given, folder, vocab_size)
+        yield given
         return
     assert corpus is not None, "just checked"
     files = text_files(corpus)

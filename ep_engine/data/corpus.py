@@ -33,6 +33,8 @@ NUM_BYTE_TOKENS = 256  # the alphabet of a byte-level BPE
 _LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _DOCUMENTS_PER_BATCH = 64  # enough to keep the encoder's threads busy, few enough to hold in memory
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # transformers makes the first of the others
+
 Advance = Callable[[int], None]
 
 
@@ -235,15 +237,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         UserError: `folder` is no fast Hugging Face tokenizer with an end-of-text token.
     """
     # A folder that is not there would be looked up on the hub.
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer folder {folder} holds no tokenizer.json; give a fast Hugging Face tokenizer")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(
+            f"tokenizer folder {folder} holds none of {', '.join(_TOKENIZER_FILES)}; give a Hugging Face tokenizer"
+        )
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exception
-        raise UserError(f"tokenizer folder {folder} cannot be loaded ({error}); write it again") from error
+        words = (str(error) or type(error).__name__).strip().splitlines()[0]
+        way = "write it again"
+        if not (folder / "tokenizer.json").is_file():
+            way = (
+                "for a tokenizer.model install sentencepiece, or save it with transformers, which writes tokenizer.json"
+            )
+        raise UserError(f"tokenizer folder {folder} cannot be loaded ({words}); {way}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"tokenizer folder {folder} has a {type(tokenizer).__name__}, of which no tokenizer.json can be made; "
+            "give another"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer folder {folder} names no eos_token; documents need an end: add one to its config")
-    fast: PreTrainedTokenizerFast = tokenizer  # who has a tokenizer.json has no other
+    fast: PreTrainedTokenizerFast = tokenizer
     return fast
 
 

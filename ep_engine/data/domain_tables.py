@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-NamedWeights = Literal["uniform", "llama", "sheared_llama"]
+NamedWeights = Literal["uniform", "llama", "sheared_llama", "sheared_llama_pruning", "sheared_llama_continued"]
 NamedLosses = Literal["llama2_7b", "sheared_llama_1.3b", "sheared_llama_2.7b"]
 DynamicRule = Literal["sheared_llama", "sheared_llama_paper"]
 
@@ -11,6 +11,11 @@ _REDPAJAMA = ("cc", "github", "book", "stackexchange", "wiki", "arxiv", "c4-rp")
 WEIGHTS: dict[str, dict[str, float]] = {
     "llama": dict(zip(_SLIMPAJAMA, (0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02), strict=True)),
     "sheared_llama": dict(zip(_SLIMPAJAMA, (0.361, 0.492, 0.008, 0.031, 0.091, 0.007, 0.01), strict=True)),
+    # What LLM-Shearing's two phases begin with.
+    "sheared_llama_pruning": dict(zip(_REDPAJAMA, (0.67, 0.045, 0.045, 0.02, 0.045, 0.025, 0.15), strict=True)),
+    "sheared_llama_continued": dict(
+        zip(_REDPAJAMA, (0.2192, 0.0002, 0.0791, 0.0064, 0.0096, 0.001, 0.6845), strict=True)
+    ),
 }
 LOSSES: dict[str, dict[str, float]] = {
     "llama2_7b": dict(

@@ -41,9 +41,20 @@ class Encoder:
         bos: id that every document begins with; None: none.
         eos: id that every text ends with. What ends a conversation is the template's business.
         chat: how conversations become text.
+        max_length: tokens that a conversation may have; see `fitting`.
     """
 
-    def __init__(self, tokenizer: str, kind: Format, *, bos: int | None, eos: int, chat: Chat | None) -> None:
+    def __init__(
+        self,
+        tokenizer: str,
+        kind: Format,
+        *,
+        bos: int | None,
+        eos: int,
+        chat: Chat | None,
+        max_length: int | None = None,
+    ) -> None:
+        self._max_length = max_length
         self._bpe, self._kind, self._bos, self._eos, self._chat = Tokenizer.from_str(tokenizer), kind, bos, eos, chat
         # A text that spells a special token cannot end its own document; a template does spell them.
         self._bpe.encode_special_tokens = kind == "text"
@@ -92,9 +103,29 @@ class Encoder:
         documents, masks = [], []
         for encoding, responses in zip(self._bpe.encode_batch(texts, add_special_tokens=False), spans, strict=True):
             front = begin if encoding.ids[:1] != begin else []  # a template may spell it
-            documents.append(np.array([*front, *encoding.ids], np.int32))
-            masks.append(np.concatenate((np.zeros(len(front), np.uint8), response_mask(encoding.offsets, responses))))
+            ids = np.array([*front, *encoding.ids], np.int32)
+            mask = np.concatenate((np.zeros(len(front), np.uint8), response_mask(encoding.offsets, responses)))
+            kept = slice(None) if self._max_length is None else fitting(mask, self._max_length)
+            documents.append(ids[kept])
+            masks.append(mask[kept])
         return documents, masks
+
+
+def fitting(mask_N: NDArray[np.uint8], most: int) -> NDArray[np.int64] | slice:
+    """Which tokens of a conversation stay, if it may have only so many.
+
+    Whole turns, a question and its response, from the first on. Where the first is too long, question and response lose
+    their ends in proportion: of s and t tokens max(int(most * t / (s + t)), 1) of the response stay, and as many of the
+    question as there is room for (LLaMA-Factory, with which MoLlama was tuned).
+    """
+    if len(mask_N) <= most:
+        return slice(None)
+    ends = np.flatnonzero(np.diff(mask_N.astype(np.int8), append=0) == -1) + 1  # behind each response
+    if not len(ends) or ends[0] <= most:
+        return slice(int(ends[ends <= most].max(initial=0)) or most)
+    question = int(mask_N.argmax())
+    response = max(int(most * (int(ends[0]) - question) / int(ends[0])), 1)
+    return np.concatenate((np.arange(most - response), np.arange(question, question + response)))
 
 
 def response_mask(offsets: Sequence[tuple[int, int]], responses: Sequence[tuple[int, int]]) -> NDArray[np.uint8]:

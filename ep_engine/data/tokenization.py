@@ -46,6 +46,7 @@ class Reading:
     template: str | None = None  # of conversations; None: the tokenizer's own
     bos: bool = False  # documents begin with the tokenizer's first token
     lines: bool = False  # of a .txt file are documents
+    max_length: int | None = None  # tokens of a conversation; None: any
     processes: int = 1
 
 
@@ -59,6 +60,7 @@ class Tokenized:
     num_responses: int | None = None  # tokens of responses; None: no conversations
     num_empty: int = 0  # documents without a character, left out
     num_malformed: int = 0  # left out as well
+    largest_id: int = 0
     malformed: list[str] = field(default_factory=list)  # the first of them
 
     def report(self) -> dict[str, Any]:
@@ -88,13 +90,18 @@ class Tokenizing:
             raise UserError(f"tokenizer {reading.tokenizer} names no bos_token; leave --bos out, or add one to it")
         if reading.template is not None and reading.format == "text":
             raise UserError(f"--template {reading.template} has no effect on texts; give --format alpaca or sharegpt")
+        if reading.max_length is not None and reading.format == "text":
+            raise UserError(
+                f"--max-length {reading.max_length} is for conversations, texts are cut into rows; leave it out, or "
+                "give --format alpaca or sharegpt"
+            )
         chat: Chat | None = None
         if reading.format != "text":
             names = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
             chat = chat_of(reading.template, tokenizer.chat_template, names, str(reading.tokenizer))
         self._words: str = tokenizer.backend_tokenizer.to_str()
         self._ends: dict[str, Any] = {"bos": tokenizer.bos_token_id if reading.bos else None}
-        self._ends |= {"eos": tokenizer.eos_token_id, "chat": chat}
+        self._ends |= {"eos": tokenizer.eos_token_id, "chat": chat, "max_length": reading.max_length}
 
     def write(self, files: Sequence[Path], prefix: Path, advance: Advance = lambda *_: None) -> Tokenized:
         """Write the documents of files, in their order, as a token file; the same for any number of processes.
@@ -120,7 +127,7 @@ class Tokenizing:
             found.num_tokens, found.num_documents = counts
         if found.num_malformed == 0:
             listing.unlink()
-        numbers = {key: value for key, value in found.report().items() if key.startswith("num_")}
+        numbers = {k: value for k, value in found.report().items() if k.startswith("num_") or k == "largest_id"}
         about = {"tokenizer": str(self.reading.tokenizer), "vocabulary": hash_of_vocabulary(self.vocabulary)}
         write_about(prefix, about | {"format": self.reading.format, "template": self.reading.template} | numbers)
         return found
@@ -169,6 +176,7 @@ def _counted(
         write("".join(f"{line}\n" for line in block.malformed))
         if found.num_responses is not None and block.mask_N is not None:
             found.num_responses += int(block.mask_N.sum(dtype=np.int64))
+        found.largest_id = max(found.largest_id, int(block.ids_N.max(initial=0)))
         num_bytes, num_tokens = num_bytes + block.num_bytes, num_tokens + len(block.ids_N)
         advance(num_bytes, num_tokens)
         yield block

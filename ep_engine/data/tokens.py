@@ -180,11 +180,16 @@ class TokenFile:
         """The number, in [0, num_documents), of the document of each of `count` tokens from `start` on."""
         return np.searchsorted(self.document_ends, np.arange(start, start + count), side="right")
 
-    def count_ids(self, vocab_size: int) -> NDArray[np.int64]:
-        """Count how often each id occurs: (vocab_size,) int64. UserError if an id lies outside [0, vocab_size)."""
+    def count_ids(self, vocab_size: int, *, most: int | None = None) -> NDArray[np.int64]:
+        """Count how often each id occurs, in all tokens or the first so many: (vocab_size,) int64.
+
+        Raises:
+            UserError: an id lies outside [0, vocab_size).
+        """
         counts = np.zeros(vocab_size, dtype=np.int64)
-        for start in range(0, self.num_tokens, _TOKENS_PER_SCAN):
-            ids = self.read(start, min(_TOKENS_PER_SCAN, self.num_tokens - start))
+        end = self.num_tokens if most is None else min(most, self.num_tokens)
+        for start in range(0, end, _TOKENS_PER_SCAN):
+            ids = self.read(start, min(_TOKENS_PER_SCAN, end - start))
             _check_ids(ids, vocab_size, f"token file {self.bin_path}", start)
             counts += np.bincount(ids, minlength=vocab_size)
         return counts

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ep_engine.checkpoint import tokenizer_folder
+from ep_engine.data.tokens import TokenFile
 from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, read_model_config
 from ep_engine.output import whole_file
@@ -37,6 +38,9 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 def hash_of_vocabulary(vocabulary: Mapping[str, int]) -> str:
     """sha256 over tokens and ids."""
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
+
+
+_SCANNED = 1 << 26  # tokens of a file that says nothing of itself: about a second
 
 
 def write_about(prefix: Path, about: Mapping[str, Any]) -> None:
@@ -70,16 +74,47 @@ def check_range(tokenizer: Path, vocabulary: Mapping[str, int], model: ModelConf
 
 def check_token_file(prefix: Path, vocabulary: Mapping[str, int], tokenizer: Path) -> None:
     """UserError if a token file says that another vocabulary made it than that of a model's tokenizer."""
-    file = Path(f"{prefix}.json")
-    if not file.is_file():
-        return
-    try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        made_by, theirs = about["tokenizer"], about["vocabulary"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} does not say whose ids {prefix}.bin holds; tokenise again, or delete it") from None
-    if theirs != hash_of_vocabulary(vocabulary):
+    about = _read_about(prefix)
+    if about is not None and about["vocabulary"] != hash_of_vocabulary(vocabulary):
+        made_by = about["tokenizer"]
         raise UserError(
             f"token file {prefix}.bin was made with another vocabulary ({made_by}) than that of {tokenizer}; tokenise "
             "the text again with the tokenizer of the model"
         )
+
+
+def check_text(tokens: TokenFile, model: Path, vocab_size: int) -> None:
+    """Whether a token file is for a model, before anything is computed.
+
+    Ids are known from PREFIX.json; of a file without one the first 2^26 tokens are looked through, and the others as
+    they are read.
+
+    Raises:
+        UserError: it was made with another vocabulary than that of the tokenizer in the model's folder, or holds an id
+            outside [0, vocab_size).
+    """
+    prefix, folder = tokens.bin_path.with_suffix(""), tokenizer_folder(model)
+    vocabulary = read_vocabulary(folder) if folder else None
+    if folder is not None and vocabulary is not None:
+        check_token_file(prefix, vocabulary, folder)
+    check_ids(tokens, vocab_size)
+
+
+def check_ids(tokens: TokenFile, vocab_size: int) -> None:
+    """UserError if a token file is known to hold an id outside [0, vocab_size); see `check_text`."""
+    about = _read_about(tokens.bin_path.with_suffix(""))
+    largest = None if about is None else about.get("largest_id")
+    if largest is None or not 0 <= largest < vocab_size:  # looked through, a file says where the id is
+        tokens.count_ids(vocab_size, most=_SCANNED if largest is None else None)
+
+
+def _read_about(prefix: Path) -> dict[str, Any] | None:
+    file = Path(f"{prefix}.json")
+    if not file.is_file():
+        return None
+    try:
+        about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        _ = about["tokenizer"], about["vocabulary"], int(about.get("largest_id") or 0)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} does not say whose ids {prefix}.bin holds; tokenise again, or delete it") from None
+    return about

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ep_engine.data.tokens import TokenFile
+from ep_engine.data.vocabulary import check_text
 from ep_engine.errors import UserError
 from ep_engine.inference.generate import read_tokenizer
 from ep_engine.inference.loaded_model import Rule, loaded, ruled
@@ -41,13 +42,13 @@ class Asked:
     max_tokens: int | None
     batch_size: int
 
-    def text(self, vocab_size: int, positions: int) -> tuple[TokenFile | None, int]:
+    def text(self, model: Path, vocab_size: int, positions: int) -> tuple[TokenFile | None, int]:
         """The token file and the number of its windows; UserError if they are not for a model of these sizes."""
         if self.tokens is None:
             return None, 0
         text = TokenFile(self.tokens, vocab_size=vocab_size)
         count = num_windows(text, self.sequence_length, self.max_tokens, positions)
-        text.count_ids(vocab_size)  # an id that the model does not know shows here, on all ranks
+        check_text(text, model, vocab_size)
         return text, count
 
 
@@ -63,7 +64,7 @@ def evaluate_checkpoint(folder: Path, asked: Asked, world: World, rule: Rule, ti
         UserError: something of what is asked cannot be; before any process group is made.
     """
     config = ruled(folder, rule)
-    text, count = asked.text(config.vocab_size, config.max_position_embeddings)
+    text, count = asked.text(folder, config.vocab_size, config.max_position_embeddings)
     tasks = asked.tasks()
     _check_any(tasks, text)
     tokenizer = read_tokenizer(folder) if tasks else None
@@ -110,7 +111,7 @@ def evaluate_folder(folder: Path, asked: Asked, world: World, rule: Rule) -> dic
     except Exception as error:  # code of the folder runs, which can raise anything
         words = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise UserError(f"{folder} cannot be read by transformers ({words}); export or download it again") from None
-    text, count = asked.text(config.vocab_size, config.max_position_embeddings)
+    text, count = asked.text(folder, config.vocab_size, config.max_position_embeddings)
     tasks = asked.tasks()
     _check_any(tasks, text)
     hflm = _class_of_lm_eval() if tasks else None

@@ -153,6 +153,9 @@ class Part:
         inside = self.tokens * moe.beside_hidden_size // self.tp * c
         shared = 4 * inside + (self.hidden * self.tp if inside and self.tp > 1 else 0)
         gated = self.hidden + 2 * tokens * c if moe.shared_gate else 0
+        if moe.residual_weighting:  # both outputs, and a softmax and what came of it
+            gated += 2 * self.hidden + 2 * tokens * (_FLOAT + c)
+        scores += moe.top_k * _FLOAT if moe.learned_scale else 0
         tables = tokens * (scores + plan) + passed.rows * passed.width * 2 * (_FLOAT + _INT)
         return replace(
             both,
@@ -173,6 +176,7 @@ class Part:
             kept += 2 * e * _FLOAT
         if asked.load:  # three steps of a chance, who is in, and who is best
             kept += 3 * e * _FLOAT + e + (moe.top_k + 1) * _LONG
+            kept += 2 * e if moe.routing.rule == "c2r" else 0  # which experts are open
         return kept + (moe.top_k if asked.capacity_factor is not None else 0)
 
     def _linear_grads(self) -> int:

@@ -107,7 +107,7 @@ def stage_weights(
     for i in layers:
         names = [name for name in shapes if name.startswith(f"layers.{i}.")]
         routers = [name for name in names if ".router." in name and apart]
-        alone = ("norm.weight", "shared_gate.weight", "residual.gate.weight")
+        alone = ("norm.weight", "shared_gate.weight", "residual.gate.weight", "residual_weighting.weight")
         norms = [name for name in names if name.endswith(alone) and tp > 1]
         if tp > 1 and i == model.num_layers - 1:
             norms.append("norm.weight")  # by itself as they are, and as small
@@ -139,6 +139,7 @@ def _cut(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
         or ".router." in name
         or ".shared_gate." in name
         or ".residual.gate." in name
+        or ".residual_weighting." in name
         or (".w_o.bias" in name or ".w_down.bias" in name)
     ):
         return shape

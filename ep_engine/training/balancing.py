@@ -35,6 +35,8 @@ def balance(
         moe.has_padding = has_padding and not section.reference_compat
         if section.noise:
             moe.router.add_noise(seed)
+        if section.gumbel:
+            moe.router.gumbel_seed = seed
         if section.capacity_factor is not None:
             moe.router.capacity = Capacity(section.capacity_factor, stage)
     return losses
@@ -42,7 +44,7 @@ def balance(
 
 def needs_numbers(section: BalanceSection) -> bool:
     """Whether routers must know which tokens they see."""
-    return section.noise or section.capacity_factor is not None
+    return section.noise or section.gumbel or section.capacity_factor is not None
 
 
 @torch.no_grad()

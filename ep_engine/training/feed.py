@@ -30,7 +30,10 @@ class Feed:
         self._config, self._is_first = run.config, dist.get_rank(meshes.world) == 0
         self._told_dry = False
         for name, count in self.blend.cut_documents().items():
-            self._tell(f"{count} documents of domain {name} are longer than {self._length} tokens and cut there")
+            self._tell(
+                f"{count} documents of domain {name} are longer than {self._length} tokens and cut there; `ep-engine "
+                "tokenize --max-length` shortens questions too"
+            )
 
     def parts(self, step: int) -> list[Batch]:
         """This rank's rows of all parts of the next batch, which is that of `step`, on the device."""
@@ -65,13 +68,21 @@ class Feed:
             found.append((first * self._length + tokens).masked_fill(batch.documents_BS == PADDING, -1))
         return found
 
-    def count_targets(self, parts: Sequence[Batch]) -> int:
-        """Tokens of the batch, on all ranks, that are to be learnt; at least 1."""
+    def counts(self, parts: Sequence[Batch]) -> tuple[int, int]:
+        """Tokens of the batch, on all ranks, that are no padding, and those to be learnt; at least 1."""
         if not self.blend.masked:
-            return self._config.data.batch_size * self._length
-        count = torch.stack([(part.targets_BS >= 0).sum() for part in parts]).sum()
-        dist.all_reduce(count, group=self._meshes.dense["dp"].get_group())
-        return max(int(count), 1)
+            whole = self._config.data.batch_size * self._length
+            return whole, whole
+        of_parts = [((part.documents_BS != PADDING).sum(), (part.targets_BS >= 0).sum()) for part in parts]
+        counts_2 = torch.stack([torch.stack(two) for two in of_parts]).sum(dim=0)
+        dist.all_reduce(counts_2, group=self._meshes.dense["dp"].get_group())
+        tokens, targets = counts_2.tolist()
+        return tokens, max(targets, 1)
+
+    @property
+    def tokens_read(self) -> int:
+        """Positions of all rows that the run has read, in whatever batches, padding among them."""
+        return int(self.blend.taken_D.sum()) * self._length
 
     def advance(self, step: int) -> None:
         """Take the rows of a batch, after which the run is at `step`."""

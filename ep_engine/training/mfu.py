@@ -43,7 +43,7 @@ def activated_parameters(model: ModelConfig) -> int:
         inside = moe.gate_hidden_size or moe.num_experts
         total += d * inside + (0 if moe.gate == "linear" else inside * moe.num_experts)
         total += 3 * d * (moe.top_k * moe.expert_hidden_size + moe.beside_hidden_size)
-        total += d * (moe.residual_experts + moe.shared_gate)
+        total += d * (moe.residual_experts + 2 * moe.residual_weighting + moe.shared_gate)
     return total
 
 

@@ -16,7 +16,7 @@ from ep_engine.parallelize import entries_of, named_parameters
 from ep_engine.stopwatch import part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_GATES = (".router.", ".shared_gate.", ".residual.gate.")
+_GATES = (".router.", ".shared_gate.", ".residual.gate.", ".residual_weighting.")
 
 
 def make_optimizer(stages: Sequence[Decoder], train: TrainSection) -> torch.optim.AdamW:

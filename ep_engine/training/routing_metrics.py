@@ -57,10 +57,11 @@ class RoutingMetrics:
 
         `layers` has a dictionary for each layer with experts: its number, `load` and `importance` of its experts
         (tokens, and sums of probabilities), `max_violation` (largest load over the mean, minus 1), `entropy` of the
-        mean probabilities and `token_entropy`, the mean entropy of a token's, in nats, and `dropped` choices.
+        mean probabilities and `token_entropy`, the mean entropy of a token's, in nats, and `dropped` choices, with
+        `dropped_of_expert` where there are any.
         """
         watch = self._watch
-        load_LE, importance_LE, tokens_L, entropy_L, dropped_L, *losses = watch.taken(self._group)
+        load_LE, importance_LE, dropped_LE, tokens_L, entropy_L, *losses = watch.taken(self._group)
         self._load_LE += load_LE
         ledger = self._ledger.gathered(self._group)
         self._ledger.reset()
@@ -75,13 +76,12 @@ class RoutingMetrics:
             "devices_per_token": ledger.rows_per_token("dedup", remote=False),
             "balance_losses": {name: float(sum_) / steps for name, sum_ in zip(watch.losses, losses, strict=True)},
             "layers": [
-                describe_layer(load_E[:width], importance_E[:width], *of_layer.tolist()) | {"layer": layer}
-                for layer, width, load_E, importance_E, of_layer in zip(
+                describe_layer(*(of_E[:width] for of_E in of_experts), *of_layer.tolist()) | {"layer": layer}
+                for layer, width, of_experts, of_layer in zip(
                     watch.layers,
                     watch.experts_L,
-                    load_LE,
-                    importance_LE,
-                    torch.stack((tokens_L, entropy_L, dropped_L), dim=1),
+                    torch.stack((load_LE, importance_LE, dropped_LE), dim=1),
+                    torch.stack((tokens_L, entropy_L), dim=1),
                     strict=True,
                 )
             ],
@@ -142,14 +142,16 @@ def max_over_mean(load: Tensor, widths: list[int] | None = None) -> float:
 
 
 def describe_layer(
-    load_E: Tensor, importance_E: Tensor, tokens: float, entropy: float, dropped: float
+    load_E: Tensor, importance_E: Tensor, dropped_E: Tensor, tokens: float, entropy: float
 ) -> dict[str, Any]:
     """What a line says of one layer, from sums over tokens."""
+    told = {"dropped_of_expert": dropped_E.long().tolist()} if dropped_E.any() else {}
     return {
         "load": load_E.long().tolist(),
         "importance": [round(value, 3) for value in importance_E.tolist()],
         "max_violation": float(load_E.max() / load_E.mean()) - 1,
         "entropy": float(torch.special.entr(importance_E / importance_E.sum()).sum()),
         "token_entropy": entropy / tokens,
-        "dropped": round(dropped),
+        "dropped": int(dropped_E.sum()),
+        **told,
     }

@@ -108,9 +108,9 @@ def train(run: Run, world: World, report: Report = lambda _: None) -> dict[str, 
 class _Window:
     """What happened since the last line of metrics."""
 
-    first: int  # step it began after
     started: float = field(default_factory=time.perf_counter)
     losses: list[float] = field(default_factory=list)  # of steps that were not left out
+    tokens: int = 0
 
 
 class Trainer:
@@ -129,7 +129,7 @@ class Trainer:
         self.experts = meshes.experts
         data, train = self.config.data, self.config.train
         rows = data.batch_size // train.micro_batches  # of a part of a batch
-        self.tokens_per_step = self.targets = data.batch_size * data.sequence_length
+        self.tokens_per_step = self.tokens = self.targets = data.batch_size * data.sequence_length
         self.feed = Feed(run, meshes, device)
         self.stopping = Stopping(train.time_limit_s)
         self.guard, self.last_norm = Guard(train), 0.0
@@ -223,14 +223,15 @@ class Trainer:
     def run_steps(self, report: Report) -> dict[str, Any]:
         """All steps that are left, the last evaluation and the summary."""
         folder, train = self.config.output.folder, self.config.train
-        window = _Window(self.step)
+        window = _Window()
         while not self._is_over():
             with self._peers_watched(f"step {self.step + 1}"):
                 loss = self._timed_step()
+                window.tokens += self.tokens
                 self.saver.poll(self.group)
                 window.losses += [] if loss is None else [loss]
                 if loss is not None and self.guard.is_spike(loss) and self._go_back(loss):
-                    window = _Window(self.step)
+                    window = _Window()
                     continue
             if self.config.data.heldout_every and self.step % self.config.data.heldout_every == 0:
                 before = time.perf_counter()
@@ -247,7 +248,7 @@ class Trainer:
                 if self.metrics is not None:
                     self.metrics.append(line)
                 report(line)
-                window = _Window(self.step)
+                window = _Window()
             if saving:
                 before = time.perf_counter()
                 with self._peers_watched(f"the save at step {self.step}"):
@@ -292,10 +293,10 @@ class Trainer:
         """One step of the optimiser; returns the loss of the batch, None if it was left out."""
         tighten_steps = self.config.routing.tighten_steps
         self._tighten(self.step / tighten_steps if tighten_steps else 1.0)
-        self.watch.begin_step()
+        self.watch.begin_step(may_undo=self.config.train.skip_steps > 0)
         self.domain_losses.begin_step()
         parts = self.feed.parts(self.step)
-        self.targets = self.feed.count_targets(parts)
+        self.tokens, self.targets = self.feed.counts(parts)
         share = self.pipeline.train(parts, self.feed.numbers(parts, self.step) if self.numbered else None)
         # Ranks of a tp group have the same loss.
         total, norm, wanted = sum_over_ranks(share / self.tp_size, self.stages, self.group, self.stopping.wanted())
@@ -306,8 +307,11 @@ class Trainer:
                 self._update(norm)
             elif not self.guard.may_skip():
                 self._give_up(f"the loss is {total} and the gradient norm {norm}; training stopped")
-            elif self.rank == 0:
-                _log.warning("step %d is left out: the loss is %s, the gradient norm %s", self.step + 1, total, norm)
+            else:
+                self.watch.undo_step()
+                if self.rank == 0:
+                    words = "step %d is left out: the loss is %s, the gradient norm %s"
+                    _log.warning(words, self.step + 1, total, norm)
             self.optimizer.zero_grad()
         self.step += 1
         self.feed.advance(self.step)
@@ -364,12 +368,12 @@ class Trainer:
         seconds = time.perf_counter() - window.started
         line: dict[str, Any] = {
             "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.feed.tokens_read,
             "loss": statistics.fmean(window.losses) if window.losses else None,
             "losses": window.losses,
             "grad_norm": self.last_norm,
             "learning_rate": learning_rate(self.config.train, self.step - 1, self.tokens_per_step),
-            "tokens_per_second": (self.step - window.first) * self.tokens_per_step / seconds,
+            "tokens_per_second": window.tokens / seconds,
             **self.guard.told(),
         }
         line |= self._utilisation(line["tokens_per_second"] / self.num_ranks)
@@ -383,8 +387,8 @@ class Trainer:
             groups = self.meshes.dispatch, self.meshes.stage.get_group(), self.group
             line["seconds_of_step"] = stopwatch.split(self.stopwatch, self.device, *groups)
             self.stopwatch = None
-        if self.routing is not None:
-            line |= self.routing.line(self.step - window.first)
+        if self.routing is not None and window.losses:
+            line |= self.routing.line(len(window.losses))
         found = self.placement_watch.take() if self.placement_watch is not None else None
         return line | ({"placement": found} if found is not None else {})
 

@@ -37,9 +37,9 @@ class RouterWatch:
         experts_L: experts of every layer; beyond them a row of a table of the widest layer stays 0.
         load_LE: float32, tokens that chose each expert, since they were last `taken`, as all that follows.
         importance_LE: float32, sums of their probabilities.
+        dropped_LE: float32, choices of them that they did not serve.
         tokens_L: float32, tokens.
         entropy_L: float32, sums over tokens of the entropy of their probabilities, in nats.
-        dropped_L: float32, choices that no expert served.
         losses: this rank's shares of the balance losses, summed over steps, by name.
         step_load_LE: float32, loads since the step began.
         pairs_LEE: int64, tokens that chose both experts; never set back.
@@ -60,8 +60,9 @@ class RouterWatch:
     ) -> None:
         self.layers, self.experts_L = model.moe_layers(), model.experts_of_layer()
         self.num_layers, experts = len(self.layers), max(self.experts_L, default=0)
-        self.load_LE, self.importance_LE, self.step_load_LE = torch.zeros(3, self.num_layers, experts, device=device)
-        self.tokens_L, self.entropy_L, self.dropped_L = torch.zeros(3, self.num_layers, device=device)
+        of_experts = torch.zeros(4, self.num_layers, experts, device=device)
+        self.load_LE, self.importance_LE, self.dropped_LE, self.step_load_LE = of_experts
+        self.tokens_L, self.entropy_L = torch.zeros(2, self.num_layers, device=device)
         # Made here: all ranks name the same losses, whatever layers they have.
         self.losses = {name: torch.zeros((), device=device) for name in losses}
         self.pairs_LEE = torch.zeros(self.num_layers, experts, experts, dtype=torch.int64, device=device)
@@ -70,15 +71,22 @@ class RouterWatch:
         self._of_rank, self._num_parts, self._num_rows = of_rank, num_parts, num_rows
         self._parts: dict[int, int] = {}  # of this step, by the first layer of a stage
         self._so_far: dict[int, Tensor] = {}  # sums over them
+        self._before: list[Tensor] = []  # all counts as the step began
 
-    def begin_step(self) -> None:
-        """Forget the parts of the batch before."""
+    def begin_step(self, *, may_undo: bool = False) -> None:
+        """Forget the parts of the batch before; `may_undo`: the step may be left out."""
+        self._before = [one.clone() for one in (*self._sums(), self.pairs_LEE)] if may_undo else []
         self._parts.clear()
         self._so_far.clear()
         self.step_load_LE.zero_()
 
+    def undo_step(self) -> None:
+        """The step since `begin_step` does not count."""
+        for one, before in zip((*self._sums(), self.pairs_LEE), self._before, strict=True):
+            one.copy_(before)
+
     def taken(self, group: dist.ProcessGroup) -> list[Tensor]:
-        """Loads, importances, tokens, entropies and dropped choices of all ranks of `group`, float64, and the losses in
+        """Loads, importances, dropped choices, tokens and entropies of all ranks of `group`, float64, and the losses in
         their order; what is here begins again from zero.
         """
         sums = [one.double() for one in self._sums()]
@@ -93,7 +101,7 @@ class RouterWatch:
             one.zero_()
 
     def _sums(self) -> list[Tensor]:
-        own = self.load_LE, self.importance_LE, self.tokens_L, self.entropy_L, self.dropped_L
+        own = self.load_LE, self.importance_LE, self.dropped_LE, self.tokens_L, self.entropy_L
         return [*own, *self.losses.values()]
 
     def __call__(self, x: Tensor, routers: dict[int, RouterStatistics]) -> Tensor:
@@ -163,4 +171,4 @@ class RouterWatch:
         self.importance_LE[layer, :width] += router.probability_E
         self.tokens_L[layer] += router.num_tokens
         self.entropy_L[layer] += router.entropy
-        self.dropped_L[layer] += router.dropped
+        self.dropped_LE[layer, :width] += router.dropped_E
