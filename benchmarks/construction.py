@@ -6,7 +6,8 @@ One layer of the shape of LLaMA-2-7B, rows drawn with a seed: mostly noise, with
 but noise.
 
     clusters l2, cos    `split --method clustering`, in a process of its own whose peak memory is asked for
-    k-means-constrained the library that LLaMA-MoE takes, on the same rows, if it is installed; it knows l2 alone
+    k-means-constrained the library that LLaMA-MoE takes, on the same rows, if it is installed; it knows l2 alone, and
+                        its clusters are scored by directions as well
     assignment          `split --method gradient`: exact, and the published greedy, on the same scores
     graph               `split --method coactivation`, in a process of its own: counts of 4096 tokens whose features are
                         noise and as many groups as experts, the graph of nine tenths of all pairs, its partition
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.timing import write_results
@@ -57,7 +59,15 @@ def theirs(neurons: int, dim: int, experts: int, signal: float) -> dict[str, flo
     size = neurons // experts
     started = time.perf_counter()
     found = KMeansConstrained(experts, size_min=size, size_max=size, n_init=1, random_state=0, tol=1e-4).fit(x_ND)
-    return {"seconds": time.perf_counter() - started, "inertia": float(found.inertia_), "steps": float(found.n_iter_)}
+    told = {"seconds": time.perf_counter() - started, "inertia": float(found.inertia_), "steps": float(found.n_iter_)}
+    return told | {"inertia of directions": inertia_of_directions(x_ND, found.labels_, experts)}
+
+
+def inertia_of_directions(x_ND: NDArray[np.float32], label_N: NDArray[np.integer], experts: int) -> float:
+    """Sum of squared distances of rows of length one to the direction of their cluster's mean."""
+    mean_ED = np.stack([x_ND[label_N == expert].mean(axis=0, dtype=np.float64) for expert in range(experts)])
+    centre_ED = mean_ED / np.linalg.norm(mean_ED, axis=1, keepdims=True)
+    return float((2 - 2 * np.einsum("nd,nd->n", x_ND, centre_ED[label_N])).sum())
 
 
 def assignments(neurons: int, experts: int) -> dict[str, Any]:
@@ -129,7 +139,9 @@ def main() -> None:
         found: dict[str, Any] = {f"clusters {metric}": alone(ours, *sizes, metric) for metric in ("l2", "cos")}
         if library:
             found["k-means-constrained"] = alone(theirs, *sizes)
-            found["inertia_vs_library"] = found["clusters l2"]["inertia"] / found["k-means-constrained"]["inertia"]
+            library_found = found["k-means-constrained"]
+            found["inertia_vs_library"] = found["clusters l2"]["inertia"] / library_found["inertia"]
+            found["cos_vs_library"] = found["clusters cos"]["inertia"] / library_found["inertia of directions"]
         results[title] = found
     results["assignment"] = assignments(args.neurons, args.experts)
     results["graph"] = alone(graph, args.neurons, args.experts)

@@ -47,3 +47,11 @@ def exit_with_sentence(command: typer.Typer) -> NoReturn:
 def print_json(value: dict[str, Any]) -> None:
     """The report of a command under `--json`: nothing else goes to stdout."""
     typer.echo(json.dumps(value, indent=1))
+
+
+def report(values: dict[str, Any], as_json: bool, sentence: str) -> None:
+    """What a command found: its values under `--json`, else the sentence."""
+    if as_json:
+        print_json(values)
+    else:
+        typer.echo(sentence)

@@ -14,12 +14,13 @@ import torch
 
 from benchmarks.all_to_all import rows_to_send
 from benchmarks.c2r import draw, over_seeds, verdicts
-from benchmarks.construction import assignments, graph, ours
+from benchmarks.construction import assignments, graph, inertia_of_directions, ours, rows
 from benchmarks.kernels import choice_calls, move_calls, plan_calls
 from benchmarks.nodes import gbit
 from benchmarks.rates import KINDS, MESSAGE, REPEATS, LinkTimes, moved_by, shared_rows, tier_of, to_toml
 from benchmarks.scaling import CLUSTER, on_gpus
 from benchmarks.timing import time_in_turn
+from checkpoint_tools.balanced_kmeans import balanced_kmeans
 from ep_engine.planning.cluster import Tier, read_cluster
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +216,9 @@ def test_construction_is_measured_on_the_same_rows_and_scores() -> None:
     assert found["exact"]["sum_of_scores"] >= found["greedy"]["sum_of_scores"] - 1e-6  # added up in another order
     grouped, noise = (ours(640, 64, 4, signal, "l2")["inertia"] for signal in (2.0, 0.0))
     assert 0 < grouped < noise < 640  # rows have length one
+    x_ND = rows(640, 64, 4, 2.0)
+    clusters = balanced_kmeans(x_ND, 4, metric="cos")
+    assert inertia_of_directions(x_ND.numpy(), clusters.label_N, 4) == pytest.approx(clusters.inertia, rel=1e-4)
     cut = graph(64, 4, tokens=256)
     assert (cut["sizes_exact"], cut["groups_found"]) == (1, 1)
     assert cut["entries"] <= 64 * 63

@@ -34,6 +34,7 @@ LAYERS = (  # a folder, "" for ep_engine itself, and files of it; a folder may c
     ("c2r", "collaboration_report profile"),
     ("reports", "report run_numbers drawing run_report"),
     ("", "command_line command_options quickstart"),
+    ("data", "data_commands"),
     ("inference", "model_commands"),
     ("", "cli"),
 )
