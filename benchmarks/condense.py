@@ -5,11 +5,12 @@
 A model like DeepSeekMoE (64 experts, top-6, 2 shared, a dense first layer and 8 with experts), small, is trained on the
 text of this Python's standard library. Its files are cut in three: to train on, to search on, and held out, on which
 all losses are. The searches are timed against brute force (condense_search.py), and then the arms of condense_curve.py
-are made with 2, 4, 6 and 7 layers; the eighth stays, for a model without experts has no place for the rest.
+are made with 2, 4, 6 and all 8 layers, which leaves no experts: such a model is not expert-parallel.
 
 Every point is tuned lightly, all on the same batches for as many steps at the same rates: all weights, in every arm and
 of the original, for more training helps any of them; and, as CD-MoE does, of condensed layers the matrices alone, the
-weights of experts kept apart. There is one seed, so small differences of losses tell nothing.
+weights of experts kept apart; but for frequency and mass. There is one seed, so small differences of losses tell
+nothing.
 
 FOLDER/text     token files, tokenizer, search.jsonl     FOLDER/runs    runs of training
 FOLDER/models   what the searches found, checkpoints     FOLDER/condense.json, condense.png   figures, written last
@@ -30,7 +31,7 @@ import torch
 
 from benchmarks.condense_curve import RANKS, Made, arms_of, measure, sizes, speeds, tune
 from benchmarks.condense_plot import ORIGINAL, draw, show
-from benchmarks.condense_search import compare_searches
+from benchmarks.condense_search import compare_searches, search_layers
 from benchmarks.ranks import on_ranks
 from benchmarks.study_report import is_done
 from benchmarks.timing import write_results
@@ -41,7 +42,7 @@ from ep_engine.data.corpus import encode_files, read_source, split_by_file, stan
 from ep_engine.entries import Shard, expected_entries
 from ep_engine.errors import UserError
 from ep_engine.initial import initialise
-from ep_engine.model_config import ModelConfig, MoEConfig
+from ep_engine.model_config import ModelConfig, MoEConfig, read_model_config
 from ep_engine.output import whole_file
 from ep_engine.quickstart import Progress
 from ep_engine.whole_model import write_model
@@ -70,7 +71,7 @@ class CondenseSizes:
     learning_rate: float = 2e-3
     tune_learning_rate: float = 2e-4
     heldout_batches: int = 8
-    condensed: tuple[int, ...] = (2, 4, 6, 7)  # layers
+    condensed: tuple[int, ...] = (2, 4, 6, 8)  # layers
     search_texts: int = 32  # for searches; weights are counted on all, so that every expert has one
     compared: tuple[int, int] = (2, 64)  # texts and tokens of each on which the searches are compared
     rounds: int = 10  # of forwards that are timed
@@ -211,18 +212,20 @@ class Condensing:
                 "warmup_steps": steps // 10,
                 "trainable": trainable,
             },
-            "balance": {"switch": 0.1},  # as many as 64 experts are to be chosen after few steps
-            "parallel": {"expert_parallel_size": RANKS},
             "output": {"folder": str(folder)},
         }
+        if not read_model_config(checkpoint / "model.json").is_dense:
+            # As many as 64 experts are to be chosen after few steps.
+            raw |= {"balance": {"switch": 0.1}, "parallel": {"expert_parallel_size": RANKS}}
         return make_config(raw, f"the benchmark's run {folder.name}")
 
     def _search(self, made: Made) -> dict[str, Any]:
-        asked = made.base, made.corpus, made.weights(), self.sizes.top_k, self.sizes.compared
-        found = on_ranks(compare_searches, *asked, world_size=1)
-        seconds, brute = (found["experts"][name] for name in ("seconds", "seconds_of_brute_force"))
+        given = made.base, made.corpus, made.weights()
+        experts = on_ranks(compare_searches, *given, self.sizes.top_k, self.sizes.compared, world_size=1)
+        layers = on_ranks(search_layers, *given, experts["choices"], self.sizes.compared, world_size=1)
+        seconds, brute = (experts[name] for name in ("seconds", "seconds_of_brute_force"))
         self.progress.done(f"experts searched in {seconds:.1f} s, by brute force in {brute:.1f} s")
-        return found
+        return {"experts": experts, "layers": layers}
 
     def _models(self, made: Made) -> tuple[dict[str, Path], dict[str, tuple[Path, str]]]:
         """By name, which is of an arm and a number of layers: what is measured, and what is tuned and how."""
@@ -230,13 +233,13 @@ class Condensing:
         models, tuned = {ORIGINAL: made.base}, {f"{ORIGINAL}, all": (made.base, "all")}
         arms = arms_of(SHARED, s.top_k, s.merged)
         for name, arm in arms.items():
-            order = made.order(arms[f"E({SHARED}+{s.top_k})"] if arm.merged else arm, most)
+            order = made.order(arms[f"E({SHARED}+{s.top_k})"] if arm.follows else arm, most)
             for layers in s.condensed:
                 model = models[point(name, layers)] = made.model(arm, layers, order)
                 if arm.is_condensed and arm.experts:
                     model = made.model(arm, layers, order, keep_scales=True)
                 for tuning, trainable in TUNINGS.items():
-                    if tuning == "all" or arm.is_condensed:
+                    if tuning == "all" or (arm.is_condensed and arm.ranking is None):
                         tuned[f"{point(name, layers)}, {tuning}"] = model, trainable
             self.progress.done(f"made {name} with {', '.join(map(str, s.condensed))} layers")
         return models, tuned

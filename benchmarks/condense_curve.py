@@ -2,7 +2,12 @@
 
     E(a+b)      a shared and b other experts in a condensed layer, and no router
     layer drop  no FFN                  block drop  no layer
-    merged      fewer experts, each the mean of some that are alike (M-SMoE), in the layers that E(a+b) condenses
+    merged      fewer experts, each the mean of some that are alike (M-SMoE)
+
+    fitted           E(a+b) with least-squares weights in the place of means
+    frequency, mass  E(a+b) of the b experts that most tokens choose, or of the largest sum of weights
+
+The last four are in the layers that E(a+b) condenses, so that nothing else differs.
 
 All are loaded at once on two ranks and take turns, so that a machine that slows down meets all.
 """
@@ -24,9 +29,10 @@ from benchmarks.ranks import Together, all_times
 from benchmarks.training import train_rank
 from checkpoint_tools.condense import apply, merge
 from checkpoint_tools.condense.apply import ApplyOptions, count_parameters
-from checkpoint_tools.condense.experts import ExpertOptions, run_experts
+from checkpoint_tools.condense.experts import ExpertOptions, Ranking, ranked_experts, run_experts
 from checkpoint_tools.condense.layers import Instead, LayerOptions, run_layers
 from checkpoint_tools.condense.merge import MergeOptions
+from checkpoint_tools.condense.published_json import Shape, read_weights, write_json
 from checkpoint_tools.condense.weights import run_weights
 from checkpoint_tools.conversion import How
 from ep_engine import checkpoint
@@ -53,22 +59,40 @@ class Arm:
         experts: that stay of a layer, beside the shared ones.
         instead: what becomes of a layer.
         merged: the experts are those that others are merged into.
+        ranking: by which experts are chosen; None: by search.
+        fitted: their weights are fitted.
     """
 
     experts: int = 0
     instead: Instead = "condensed"
     merged: bool = False
+    ranking: Ranking | None = None
+    fitted: bool = False
 
     @property
     def is_condensed(self) -> bool:
         """Whether there are condensed layers, which CD-MoE's fine-tuning trains alone."""
         return self.instead == "condensed" and not self.merged
 
+    @property
+    def follows(self) -> bool:
+        """Whether it changes the layers of E(a+b), none of its own."""
+        return self.merged or self.fitted or self.ranking is not None
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        what = "merged" if self.merged else self.instead
+        return f"{what}-{self.experts}{'-fitted' if self.fitted else ''}{f'-{self.ranking}' if self.ranking else ''}"
+
 
 def arms_of(shared: int, top_k: int, merged: int) -> dict[str, Arm]:
     """The arms of a model with so many shared experts."""
     return {
         f"E({shared}+{top_k})": Arm(top_k),
+        f"E({shared}+{top_k}) fitted": Arm(top_k, fitted=True),
+        f"E({shared}+{top_k}) frequency": Arm(top_k, ranking="frequency"),
+        f"E({shared}+{top_k}) mass": Arm(top_k, ranking="mass"),
         f"E({shared}+0)": Arm(),
         "layer drop": Arm(instead="layer-drop"),
         "block drop": Arm(instead="block-drop"),
@@ -93,17 +117,26 @@ class Made:
             run_weights(self.base, [self.corpus], path, max_length=self.max_length)
         return path
 
-    def lists(self, experts: int) -> Path:
-        """The experts of every layer, by search."""
-        path = self.folder / "experts.json"
-        if not path.is_file():
-            options = ExpertOptions(experts, "js", self.max_length, self.max_texts)
+    def lists(self, experts: int, ranking: Ranking | None = None) -> Path:
+        """The experts of every layer, by search, which fits weights too, or by a ranking."""
+        path = self.folder / f"experts{f'-{ranking}' if ranking else ''}.json"
+        if path.is_file():
+            return path
+        if ranking is None:
+            options = ExpertOptions(experts, "js", self.max_length, self.max_texts, fit=self._fitted)
             run_experts(self.base, [self.corpus], self.weights(), path, options)
+        else:
+            weights = read_weights(self.weights(), Shape.of(read_model_config(self.base / "model.json")))
+            write_json(path, {str(i): row for i, row in enumerate(ranked_experts(weights, ranking, experts))})
         return path
+
+    @property
+    def _fitted(self) -> Path:
+        return self.folder / "weights-fitted.json"
 
     def order(self, arm: Arm, layers: int) -> Path:
         """Layers in the order in which they go, by search."""
-        path = self.folder / f"layers-{arm.instead}-{arm.experts}.json"
+        path = self.folder / f"layers-{arm.name}.json"
         if not path.is_file():
             options = LayerOptions(
                 layers, arm.experts, instead=arm.instead, max_length=self.max_length, max_texts=self.max_texts
@@ -113,8 +146,7 @@ class Made:
 
     def model(self, arm: Arm, layers: int, order: Path, *, keep_scales: bool = False) -> Path:
         """A checkpoint with so many layers changed; with weights apart from the last matrix if asked for."""
-        what = "merged" if arm.merged else f"{arm.instead}-{arm.experts}"
-        out = self.folder / f"{what}-{layers}{'-scales' if keep_scales else ''}"
+        out = self.folder / f"{arm.name}-{layers}{'-scales' if keep_scales else ''}"
         if (out / "model.json").is_file():
             return out
         if arm.merged:
@@ -127,7 +159,10 @@ class Made:
         return out
 
     def _files(self, arm: Arm) -> tuple[Path | None, Path | None]:
-        return (self.weights(), self.lists(arm.experts)) if arm.experts else (None, None)
+        if not arm.experts:
+            return None, None
+        lists = self.lists(arm.experts, arm.ranking)
+        return self._fitted if arm.fitted else self.weights(), lists
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -175,7 +210,8 @@ def measure(rank: int, models: Mapping[str, Path], heldout: Path, rows: tuple[in
 
 def _loaded(folder: Path, meshes: Meshes, tokens: int) -> tuple[LoadedModel, Ledger]:
     config = read_model_config(folder / "model.json")
-    placement = Placement.in_order(config.experts_of_layer(), meshes.experts["ep"].size())
+    experts = config.experts_of_layer()  # none where all layers are condensed
+    placement = Placement.in_order(experts, meshes.experts["ep"].size()) if experts else None
     (model,), ledger = build(config, placement, meshes, device=CPU, dtype=torch.float32, tokens=tokens)
     checkpoint.load(folder, entries_of([model], experts=meshes.experts), group=meshes.world)
     return LoadedModel(model.eval(), config, meshes, CPU), ledger

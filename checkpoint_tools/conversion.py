@@ -67,6 +67,7 @@ class Conversion:
         options: of the command, by which an interrupted run is known again.
         tensors: what is written, given the draft that it is written into.
         held_bytes: kept in memory beside the tensors that are being written.
+        same_names: whether a name means the same weight in both; else only what is copied as it is does.
         alike: what weights of the output that the source does not have must be, made from the source in another way.
         compare: how far the logits of source and output may be apart; None: they are not expected to be the same.
         all_experts: compare them with every expert on.
@@ -78,6 +79,7 @@ class Conversion:
     options: Mapping[str, Any]
     tensors: Callable[[Draft], Tensors]
     held_bytes: int = 0
+    same_names: bool = True
     alike: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     compare: float | None = TOLERANCE
     all_experts: bool = False
@@ -117,7 +119,7 @@ class Conversion:
             if not how.check_logits:
                 return None
             made = open_source(draft.folder)
-            self._check_weights(made)
+            self._check_weights(made, tensors)
             return self._compared(made)
 
     def manifest(self) -> dict[str, Any]:
@@ -163,12 +165,13 @@ class Conversion:
             seconds=seconds * total / sum(sizes[name] for name in sample),
         )
 
-    def _check_weights(self, made: Source) -> None:
+    def _check_weights(self, made: Source, tensors: Tensors) -> None:
         """Fault unless what was written is, under every name that both have, what is in the source, to the bit.
 
         So an expert that was lost, doubled or changed on its way is found also where no token of the next check comes.
         """
-        both = [name for name in made.tensors if name in self.source.tensors.deferred]
+        here = self.source.tensors.deferred
+        both = [n for n in made.tensors if n in here and (self.same_names or tensors.deferred[n] is here[n])]
         for name in track([*both, *self.alike], "checking weights"):
             wanted = self.alike[name]() if name in self.alike else self.source.tensors[name]
             found = made.tensors[name]

@@ -1,4 +1,9 @@
-"""Documents: lines of `.jsonl` files with `content` or `text`, and whole `.txt` files; and their tokens in blocks."""
+"""Documents, and their tokens in blocks.
+
+.txt           a document
+.jsonl, other  lines with `content` or `text`, or with `turns`, of which the first is the document
+.json          such lines too, or LMFlow's {"type": "text_only", "instances": [{"text": ...}, ...]}
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,14 +24,14 @@ class Document(NamedTuple):
 
     text: str
     file: str  # its name
-    number: int  # of its line, from 0
+    number: int  # of its line or instance, from 0
 
 
 def documents(paths: Sequence[Path]) -> Iterator[Document]:
     """All documents of files and of the `.jsonl` and `.txt` files in folders, in the order of names and lines.
 
     Raises:
-        UserError: a path is missing or of another kind, a line is no JSON object with `content` or `text`, or there is
+        UserError: a path is missing or of another kind, a line or instance is no JSON object with a text, or there is
             nothing at all.
     """
     files = [file for path in paths for file in (_inside(path) if path.is_dir() else [path])]
@@ -103,22 +108,41 @@ def _of_file(file: Path) -> Iterator[Document]:
         if file.suffix == ".txt":
             yield Document(file.read_text(encoding="utf-8"), file.name, 0)
             return
+        instances = _instances(file) if file.suffix == ".json" else None
+        if instances is not None:
+            for number, record in enumerate(instances):
+                yield Document(_text_of(record, f"instance {number + 1} of {file}"), file.name, number)
+            return
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines):
                 if line.strip():
-                    yield Document(_text_of(line, file, number), file.name, number)
+                    text = _text_of(_parsed(line), f"line {number + 1} of {file}")
+                    yield Document(text, file.name, number)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}); correct it") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text in UTF-8 ({error.reason}); correct it") from None
 
 
-def _text_of(line: str, file: Path, number: int) -> str:
+def _instances(file: Path) -> list[Any] | None:
+    """Those of LMFlow's format; None: the file is of another."""
+    whole = _parsed(file.read_text(encoding="utf-8"))
+    found = whole.get("instances") if isinstance(whole, dict) else None
+    return found if isinstance(found, list) else None
+
+
+def _parsed(text: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(text)
     except ValueError:
-        record = None
-    text = record.get("content", record.get("text")) if isinstance(record, dict) else None
+        return None
+
+
+def _text_of(record: Any, where: str) -> str:
+    text = None
+    if isinstance(record, dict):
+        turns = record.get("turns")
+        text = turns[0] if isinstance(turns, list) and turns else record.get("content", record.get("text"))
     if not isinstance(text, str):
-        raise UserError(f"line {number + 1} of {file} is no JSON object with `content` or `text`; correct it")
+        raise UserError(f"{where} is no JSON object with `content` or `text`; correct it")
     return text

@@ -4,6 +4,9 @@
 # LAYERS of its layers become dense ones of their shared experts and EXPERTS others, chosen on CORPUS, a .jsonl or .txt
 # file or a folder of them, by RANKS ranks of this machine. OUT gets weights.json, experts.json, layers.json, the engine
 # checkpoint `checkpoint`, and `hf` for transformers; what is there already is not searched for again.
+#
+# Light fine-tuning is a further step: `condense apply --keep-scales` with these files, whose weights of experts stay apart
+# from the matrices, then `ep-engine train` with launch/configs/cd_moe_lm.toml and cd_moe_sft.toml, which say how.
 set -euo pipefail
 if [[ $# -lt 5 || $# -gt 6 || ! $3 =~ ^[0-9]+$ || ! $4 =~ ^[0-9]+$ || ! ${6:-1} =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: $0 MODEL OUT LAYERS EXPERTS CORPUS [RANKS]" >&2

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests of model families with transformers 4, whose folders people have; arguments are passed on to pytest.
+# The tests of model families, and of condensed models of two, with transformers 4, whose folders people have; arguments
+# are passed on to pytest.
 # It lies beside the pinned one, in .transformers4, and comes first on PYTHONPATH.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" dev
@@ -14,5 +15,7 @@ if [[ $(cat "$old/.pins" 2>/dev/null) != "$wanted" ]]; then
   echo "$wanted" >"$old/.pins"
 fi
 export PYTHONPATH="$old:$PYTHONPATH"
+condensed=tests/test_condense_apply.py::test_a_condensed_checkpoint_computes_what_the_plain_model_does
 exec "$PYTHON" -m pytest \
-  tests/test_families.py tests/test_hf_modeling.py tests/test_llama_moe_family.py tests/test_convert.py "$@"
+  tests/test_families.py tests/test_hf_modeling.py tests/test_llama_moe_family.py tests/test_convert.py \
+  "${condensed}[1-2-folded-deepseek]" "${condensed}[1-2-kept-qwen]" "$@"

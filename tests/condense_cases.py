@@ -4,7 +4,7 @@ A plain model is transformers' own, or its LLaMA with the plain layers of family
 it by replacing the FFN's forward, so nothing here is the code that is tested.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ def condensable(folder: Path, kind: str, *, seed: int = 0, moe_layers: int = 3, 
     if kind == "deepseek":
         plain_folder(at, {**DEEPSEEK, "vocab_size": VOCABULARY, "num_hidden_layers": 1 + moe_layers, **more})
     else:
-        transformers_model("qwen2_moe", vocab_size=VOCABULARY, num_hidden_layers=moe_layers).save_pretrained(at)
+        name = "qwen2_moe" if kind == "qwen" else kind  # of family_cases.py; with seed 0 any of them
+        transformers_model(name, vocab_size=VOCABULARY, num_hidden_layers=moe_layers, **more).save_pretrained(at)
     if seed:
         model = plain_forward(at, torch.float32)
         generator = torch.Generator().manual_seed(seed)
@@ -53,14 +54,15 @@ def plain_forward(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     import json
 
     from safetensors.torch import load_file
-    from transformers import Qwen2MoeForCausalLM
+    from transformers import AutoModelForCausalLM, __version__
 
     config = json.loads((folder / "config.json").read_text())
     if config["architectures"] == ["DeepseekForCausalLM"]:
         model = plain_model(config)
         model.load_state_dict(load_file(folder / "model.safetensors"))
     else:
-        model = Qwen2MoeForCausalLM.from_pretrained(folder, experts_implementation="eager")
+        plainly = {} if __version__.startswith("4.") else {"experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_pretrained(folder, **plainly)
     return model.to(dtype).eval()
 
 
@@ -88,6 +90,8 @@ def shared_of(block: Any, x: Tensor) -> Tensor:
     """What every token goes through."""
     if hasattr(block, "shared_experts"):
         return block.shared_experts(x)
+    if not hasattr(block, "shared_expert"):
+        return torch.zeros_like(x)
     return torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
 
 
@@ -109,9 +113,23 @@ def restore(block: Any) -> None:
 def js_by_hand(original: Tensor, other: Tensor) -> float:
     """specs/cd_moe.md 4, for one text: (T, D) each."""
     p, q = original.softmax(-1), other.softmax(-1)
-    m, eps = (p + q) / 2, 1e-10
+    m = (p + q) / 2
+    return (_kl(p, m) + _kl(q, m)) / 2
 
-    def kl(u: Tensor, v: Tensor) -> Tensor:
-        return ((u + eps) * ((u + eps).log() - (v + eps).log())).sum() / len(u)
 
-    return float((kl(p, m) + kl(q, m)) / 2)
+def _kl(u: Tensor, v: Tensor) -> float:
+    eps = 1e-10
+    return float(((u + eps) * ((u + eps).log() - (v + eps).log())).sum()) / len(u)
+
+
+BY_HAND: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "js": js_by_hand,
+    "kl": lambda original, other: _kl(original.softmax(-1), other.softmax(-1)),
+    "mse": lambda original, other: float(((original - other) ** 2).mean()),
+    "cosine": lambda a, b: float(1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()),
+}
+
+
+def token_of_last_text(ids: Sequence[Tensor]) -> int:
+    """One that no other text has; fails if there is none."""
+    return min(set(ids[-1].tolist()) - {token for text in ids[:-1] for token in text.tolist()})

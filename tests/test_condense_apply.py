@@ -320,6 +320,7 @@ def test_sizes_are_those_of_the_publication(
     shared = {"deepseek": 2, "qwen": 4}[name]
     assert told(9, "--experts", experts)["trainable"] == 9 * (shared + experts) * 8_650_752  # specs 8
     if name == "deepseek":
+        assert told(8)["trainable"] == 138_412_032  # specs 8: 138.4 M of E(2+0)
         lost = {what: 1 - told(1, "--instead", what)["memory_ratio"] for what in ("layer-drop", "block-drop")}
         # An FFN's norm goes with it: 2048 parameters that the published arithmetic leaves.
         assert lost["layer-drop"] == pytest.approx(0.03487, abs=5e-6)

@@ -5,21 +5,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.condense import SMOKE, Condensing, model_config, write_new
 from benchmarks.condense_curve import Made, arms_of, measure, sizes, speeds
 from benchmarks.condense_plot import ORIGINAL, by_arm
-from benchmarks.condense_search import compare_searches
+from benchmarks.condense_search import compare_searches, search_layers
+from checkpoint_tools.condense.published_json import Shape, read_experts
+from checkpoint_tools.source import open_source
 from ep_engine.data.corpus import encode_files, train_tokenizer
 from ep_engine.errors import UserError
 from ep_engine.inference.loaded_model import Rule
 from ep_engine.inference.scores import Asked, evaluate_checkpoint
 from ep_engine.mesh import World
+from ep_engine.model_config import read_model_config
 from tests.distributed import run_ranks
 from tests.texts import VOCABULARY, WORDS, write_documents
 
 TINY = replace(SMOKE, vocab_size=VOCABULARY)
-ONE = replace(SMOKE, condensed=(1,))
+ALL = replace(SMOKE, condensed=(SMOKE.num_layers,))
 ARMS = arms_of(2, 2, 4)
 
 
@@ -37,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 def models_of(made: Made, layers: int) -> dict[str, Path]:
     first = ARMS["E(2+2)"]
-    orders = {name: made.order(first if arm.merged else arm, 2) for name, arm in ARMS.items()}
+    orders = {name: made.order(first if arm.follows else arm, TINY.num_layers) for name, arm in ARMS.items()}
     return {name: made.model(arm, layers, orders[name]) for name, arm in ARMS.items()}
 
 
@@ -47,7 +51,8 @@ def test_parameters_are_those_of_the_publication(made: Made) -> None:
     whole, expert = sizes(made.base)["parameters"], 3 * d * f
     saved = {name: whole - sizes(model)["parameters"] for name, model in models_of(made, 2).items()}
     router = n * d
-    assert saved["E(2+2)"] == 2 * ((n - 2) * expert + router)
+    for name in ("E(2+2)", "E(2+2) fitted", "E(2+2) frequency", "E(2+2) mass"):
+        assert saved[name] == 2 * ((n - 2) * expert + router)
     assert saved["E(2+0)"] == 2 * (n * expert + router)
     assert saved["layer drop"] == 2 * ((n + 2) * expert + router + d)
     assert saved["block drop"] == 2 * ((n + 2) * expert + router + 4 * d * d + 2 * d)
@@ -56,13 +61,28 @@ def test_parameters_are_those_of_the_publication(made: Made) -> None:
 
 def test_both_searches_choose_the_same(made: Made) -> None:
     found = compare_searches(0, made.base, made.corpus, made.weights(), 2, (2, 16))
-    assert found["experts"]["same_choices"]
-    assert found["experts"]["distances_apart"] < 1e-3  # of float32, in which what is subtracted is nearly equal
-    assert found["experts"]["layers_with_same_choices"] == TINY.num_layers
+    assert found["same_choices"]
+    assert found["distances_apart"] < 1e-3  # of float32, in which what is subtracted is nearly equal
+    assert found["layers_with_same_choices"] == TINY.num_layers
     candidates = TINY.num_experts + TINY.num_experts - 1
-    expected = TINY.num_layers * (1 + candidates) - 2 * found["experts"]["never_chosen"]
-    assert found["experts"]["forward_passes_of_brute_force"] == expected
-    assert 0 < found["layers"]["layer_forwards"] < found["layers"]["layer_forwards_of_brute_force"]
+    expected = TINY.num_layers * (1 + candidates) - 2 * found["never_chosen"]
+    assert found["forward_passes_of_brute_force"] == expected
+    assert found["layer_passes"] == 1 + TINY.num_layers  # one each, also of the dense layer
+    assert found["forward_passes_ratio"] == expected / TINY.num_layers
+    layers = search_layers(0, made.base, made.corpus, made.weights(), found["choices"], (2, 16))
+    assert 0 < layers["layer_forwards"] < layers["layer_forwards_of_brute_force"]
+
+
+def test_arms_differ_in_the_experts_and_weights_that_stay(made: Made) -> None:
+    models = models_of(made, 1)
+    down = {name: open_source(models[name]).tensors for name in models if name.startswith("E(2+2)")}
+    (layer,) = read_model_config(models["E(2+2)"] / "model.json").condensed
+    found = {name: tensors[f"layers.{layer}.ffn.w_down.weight"] for name, tensors in down.items()}
+    up = {name: tensors[f"layers.{layer}.ffn.w_up.weight"] for name, tensors in down.items()}
+    assert torch.equal(up["E(2+2)"], up["E(2+2) fitted"])
+    assert not torch.equal(found["E(2+2)"], found["E(2+2) fitted"])
+    lists = {one: read_experts(made.lists(2, one), Shape(TINY.num_layers, 8, 2), 2) for one in (None, "mass")}
+    assert (lists[None][layer - 1] == lists["mass"][layer - 1]) == torch.equal(up["E(2+2)"], up["E(2+2) mass"])
 
 
 def _measured(rank: int, world_size: int, models: dict[str, Path], heldout: Path, out: Path) -> None:
@@ -73,6 +93,8 @@ def _measured(rank: int, world_size: int, models: dict[str, Path], heldout: Path
 
 def test_what_is_measured_of_an_arm(made: Made, tmp_path: Path) -> None:
     models = {ORIGINAL: made.base, **models_of(made, 2)}
+    whole = {f"{name}, all": model for name, model in models_of(made, TINY.num_layers).items() if "drop" not in name}
+    models |= {name: model for name, model in whole.items() if name.startswith(("E(2+2),", "E(2+0)"))}
     heldout = made.folder.parent / "heldout"
     run_ranks(_measured, models, heldout, tmp_path / "m.json")
     found = json.loads((tmp_path / "m.json").read_text())
@@ -80,6 +102,7 @@ def test_what_is_measured_of_an_arm(made: Made, tmp_path: Path) -> None:
     for name in ("E(2+2)", "E(2+0)", "layer drop", "block drop"):  # of three layers one has experts
         assert 0 < sent[name] < sent[ORIGINAL] / 2
     assert sent["merged to 4"] > sent[ORIGINAL] / 2
+    assert sent["E(2+2), all"] == sent["E(2+0), all"] == 0
     tokens = TINY.heldout_batches * TINY.batch_size * TINY.sequence_length
     asked = Asked(dict, None, heldout, TINY.sequence_length, tokens, TINY.batch_size)
     for name, model in models.items():
@@ -116,13 +139,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_stages_and_a_second_call_that_repeats_none(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    results = Condensing(out, ONE).run()
-    arms = arms_of(2, ONE.top_k, ONE.merged)
+    results = Condensing(out, ALL).run()
+    arms = arms_of(2, ALL.top_k, ALL.merged)
     assert list(by_arm(results["curve"])) == list(arms)
     for name, found in results["curve"].items():
-        condensed = name.startswith("E(")
-        assert found["heldout_loss_tuned"].keys() == ({"all", "condensed"} if condensed else {"all"})
+        alone = name.startswith("E(") and not arms[name.rpartition(", ")[0]].ranking
+        assert found["heldout_loss_tuned"].keys() == ({"all", "condensed"} if alone else {"all"})
     assert (out / "condense.png").read_bytes().startswith(b"\x89PNG")
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("summary.json")}
-    assert Condensing(out, ONE).run() == results
+    assert Condensing(out, ALL).run() == results
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("summary.json")} == before

@@ -1,6 +1,7 @@
 """Search for experts: the choices of a brute force through another model's forward in fp64, for every layer."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from checkpoint_tools.condense.weights import count_weights
 from checkpoint_tools.source import open_source
 from ep_engine.errors import Fault
 from tests.condense_cases import (
+    BY_HAND,
     KINDS,
     LENGTH,
     condensable,
@@ -26,6 +28,7 @@ from tests.condense_cases import (
     moe_blocks,
     plain_forward,
     restore,
+    token_of_last_text,
 )
 from tests.distributed import run_ranks
 from tests.small_models import edit_weights, run_tool
@@ -57,7 +60,9 @@ def states(model: Any, texts: Texts, layer: int) -> list[Tensor]:
     return [row[: len(ids)] for row, ids in zip(hidden, texts.ids, strict=True)]
 
 
-def brute_force(model: Any, texts: Texts, weights: list[list[float]], count: int) -> list[Choice]:
+def brute_force(
+    model: Any, texts: Texts, weights: list[list[float]], count: int, objective: str = "js"
+) -> list[Choice]:
     """specs/cd_moe.md 5, a forward of the whole model for every candidate."""
     found = []
     for (i, block), weight in zip(moe_blocks(model), weights, strict=True):
@@ -70,7 +75,7 @@ def brute_force(model: Any, texts: Texts, weights: list[list[float]], count: int
                 experts = [*choice.experts, c]
                 condense_by_hand(block, experts, [weight[e] for e in experts])
                 pairs = zip(original, states(model, texts, i), strict=True)
-                distance = sum(js_by_hand(a, b) for a, b in pairs) / len(original)
+                distance = sum(BY_HAND[objective](a, b) for a, b in pairs) / len(original)
                 if distance < smallest:
                     best, smallest = c, distance
             choice.experts.append(best)
@@ -96,6 +101,23 @@ def test_choices_are_those_of_a_brute_force(kind: str, seed: int, tmp_path: Path
         for count in range(EXPERTS):
             for (_, few), choice in zip(choose_experts(source, texts, weights, count), found, strict=True):
                 assert few == Choice(choice.experts[:count], choice.distances[:count])
+
+
+@pytest.mark.parametrize("objective", ["mse", "cosine", "kl"])
+def test_other_objectives_choose_as_a_brute_force(
+    objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, text = condensable(tmp_path, "deepseek", seed=2, moe_layers=2), corpus(tmp_path, 4)
+    assert run_tool("condense", "weights", folder, "--corpus", text, "--out", tmp_path / "w.json") == 0
+    capsys.readouterr()
+    given = ("condense", "experts", folder, "--corpus", text, "--weights", tmp_path / "w.json", "--max-length", LENGTH)
+    assert run_tool(*given, "--experts", 3, "--objective", objective, "--out", tmp_path / "e.json", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    texts = read_texts(open_source(folder), [text], LENGTH)
+    weights = read_weights(tmp_path / "w.json", Shape(2, EXPERTS, 3)).means.tolist()
+    for one, wanted in zip(found, brute_force(plain_forward(folder), texts, weights, 3, objective), strict=True):
+        assert one["experts"] == wanted.experts
+        assert one["distances"] == pytest.approx(wanted.distances, rel=1e-3)
 
 
 def made_up(outputs: Tensor, original_TD: Tensor, ids: range | None = None) -> Candidates:
@@ -153,12 +175,19 @@ def test_a_frozen_search_goes_on_and_writes_the_published_format(
         return search(candidates, *rest, **options)
 
     monkeypatch.setattr(module, "greedy", stopped)
+    head = open_source(model).tensors["head.weight"].clone()
     parts = (*given, "--out", tmp_path / "parts.json")
     assert run_tool(*parts, "--experts", 3) != 0
     assert left.exists()
     assert not (tmp_path / "parts.json").exists()
     assert run_tool(*parts, "--experts", 2, "--resume") == 2
     assert "is of another model, text, or other options" in capsys.readouterr().err
+    times = (model / "model.safetensors").stat()
+    edit_weights(model, lambda tensors: tensors["lm_head.weight"].add_(1))  # a model that was changed where it lies
+    assert run_tool(*parts, "--experts", 3, "--resume") == 2
+    assert "is of another model, text, or other options" in capsys.readouterr().err
+    edit_weights(model, lambda tensors: tensors["lm_head.weight"].copy_(head))
+    os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
     assert run_tool(*parts, "--experts", 3, "--resume") == 0
     assert searched == ["layer 1", "layer 2", "layer 2", "layer 3"]
     assert not left.exists()
@@ -237,6 +266,29 @@ def test_rankings_by_popularity(tmp_path: Path) -> None:
     assert ranked_experts(weights, "frequency", 2) == [[0, 3]]
     assert ranked_experts(weights, "mass", 3) == [[1, 3, 0]]
     assert ranked_experts(weights, "weight", 4) == [[1, 3, 0, 2]]
+
+
+@pytest.mark.parametrize(("step", "where"), [("experts", "attention of layer 0"), ("layers", "layer 0")])
+def test_an_activation_that_is_not_a_number_is_named(
+    step: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A word of one text, and then a layer of all."""
+    model, text, out = condensable(tmp_path, "deepseek"), corpus(tmp_path), tmp_path / "out.json"
+    assert run_tool("condense", "weights", model, "--corpus", text, "--out", tmp_path / "w.json") == 0
+    more = ("--weights", tmp_path / "w.json", "--experts", 1) if step == "experts" else ("--layers", 1)
+    given = ("condense", step, model, "--corpus", text, "--out", out, *more)
+    ids = read_texts(open_source(model), [text], None).ids
+    edit_weights(
+        model, lambda tensors: tensors["model.embed_tokens.weight"][token_of_last_text(ids)].fill_(float("nan"))
+    )
+    assert run_tool(*given, "--max-length", 96) == 1
+    assert f"the output of {where} is not a number in text {len(ids) - 1} of the corpus" in capsys.readouterr().err
+    edit_weights(model, lambda tensors: tensors["model.embed_tokens.weight"].nan_to_num_())
+    edit_weights(model, lambda tensors: tensors["model.layers.2.self_attn.o_proj.weight"].fill_(float("nan")))
+    assert run_tool(*given, "--max-length", 96) == 1
+    where = where.replace("0", "2")
+    assert f"the output of {where} is not a number in text 0 of the corpus (from 0)" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def _search(rank: int, world_size: int, folder: Path, text: Path, out: Path) -> None:

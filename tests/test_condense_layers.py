@@ -38,29 +38,29 @@ def found_kept(folder: Path, text: Path, count: int, instead: Instead = "condens
     return texts, Kept(lists, weights, instead)
 
 
-def brute_force(model: Any, texts: Texts, kept: Kept, count: int) -> list[int]:
-    """specs/cd_moe.md 6, a forward of the whole model for every candidate."""
+def brute_force(model: Any, texts: Texts, kept: Kept, count: int, beam: int = 1) -> list[int]:
+    """specs/cd_moe.md 6, a forward of the whole model for every candidate; the same layers again are none."""
     blocks = [block for _, block in moe_blocks(model)]
     last = len(model.model.layers) - 1
     original = states(model, texts, last)
-    chosen: list[int] = []
-    while len(chosen) < count:
-        found = []
-        for c in range(len(blocks)):
-            if c in chosen:
+    orders: list[list[int]] = [[]]
+    while len(orders[0]) < count:
+        found: dict[frozenset[int], tuple[float, list[int]]] = {}
+        for order in ([*order, c] for order in orders for c in range(len(blocks)) if c not in order):
+            if frozenset(order) in found:
                 continue
-            for index in [*chosen, c]:
+            for index in order:
                 if kept.instead == "layer-drop":
                     blocks[index].forward = torch.zeros_like
                 else:
                     row = kept.experts[index]
                     condense_by_hand(blocks[index], row, kept.weight_LE[index, row].tolist())
             pairs = zip(original, states(model, texts, last), strict=True)
-            found.append((sum(js_by_hand(a, b) for a, b in pairs), c))
+            found[frozenset(order)] = sum(js_by_hand(a, b) for a, b in pairs), order
             for block in blocks:
                 restore(block)
-        chosen.append(min(found)[1])
-    return chosen
+        orders = [order for _, order in sorted(found.values())[:beam]]
+    return orders[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,6 +72,20 @@ def test_the_order_is_that_of_a_brute_force(kind: str, seed: int, count: int, tm
     model = plain_forward(folder)
     search = Search(open_source(folder), texts, kept)
     assert order_layers(search, 3, 3) == brute_force(model, texts, kept, 3)
+
+
+def test_a_beam_is_that_of_a_brute_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model in which the best layer is not among the best two."""
+    folder, text = condensable(tmp_path, "qwen", seed=11, moe_layers=4), corpus(tmp_path, 4)
+    texts, kept = found_kept(folder, text, 0)
+    model, given = plain_forward(folder), ("condense", "layers", folder, "--corpus", text, "--max-length", LENGTH)
+    orders = []
+    for beam in (1, 2):
+        out = tmp_path / f"{beam}.json"
+        assert run_tool(*given, "--layers", 2, "--beam", beam, "--out", out) == 0
+        orders.append(json.loads(out.read_text()))
+        assert orders[-1] == brute_force(model, texts, kept, 2, beam)
+    assert orders[0] != orders[1]
 
 
 def test_dropped_layers_are_those_of_a_brute_force(tmp_path: Path) -> None:
@@ -190,3 +204,31 @@ def test_the_command_writes_the_published_format(tmp_path: Path, capsys: pytest.
     write_json(tmp_path / "e.json", {str(i): list(range(6)) for i in range(3)})
     assert run_tool(*given, *files[2:], "--experts", 6, "--layers", 1, "--out", tmp_path / "x.json") == 2
     assert "says that no token chose expert" in capsys.readouterr().err
+
+
+def test_an_interrupted_search_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, text = condensable(tmp_path, "deepseek", seed=1), corpus(tmp_path, 4)
+    given = ("condense", "layers", folder, "--corpus", text, "--max-length", LENGTH, "--beam", 2, "--json")
+    assert run_tool(*given, "--layers", 3, "--out", tmp_path / "whole.json") == 0
+    whole = json.loads(capsys.readouterr().out)
+    asked: list[int] = []
+    distances = Search.distances
+
+    def stopped(search: Search, sets: Any) -> list[float]:
+        asked.append(len(sets[0]))
+        if asked == [1, 2]:
+            raise KeyboardInterrupt
+        return distances(search, sets)
+
+    monkeypatch.setattr(Search, "distances", stopped)
+    parts = (*given, "--out", tmp_path / "parts.json")
+    assert run_tool(*parts, "--layers", 3) != 0
+    assert not (tmp_path / "parts.json").exists()
+    assert run_tool(*parts, "--layers", 2, "--resume") == 2
+    assert "is of another model, text, or other options" in capsys.readouterr().err
+    assert run_tool(*parts, "--layers", 3, "--resume") == 0
+    assert asked == [1, 2, 2, 3]
+    assert json.loads(capsys.readouterr().out) == {**whole, "written": str(tmp_path / "parts.json")}
+    assert not (tmp_path / ".parts.json.unfinished").exists()

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from checkpoint_tools.condense.merge import Order, grouped
+from checkpoint_tools.condense.merge import MergeOptions, Order, grouped, prepare
 from checkpoint_tools.condense.texts import Texts, read_texts
 from checkpoint_tools.condense.weights import count_weights
 from checkpoint_tools.inspect import inspect
@@ -182,3 +182,11 @@ def test_a_weight_that_is_not_a_number_is_named() -> None:
     weights["layers.1.moe.experts.1.w_up"][0, 0] = float("nan")
     with pytest.raises(Fault, match="experts 0 and 1 of layer 1 have weights that are not numbers"):
         Order(Tensors.of(weights), 1).like(0, 1)
+
+
+def test_counts_of_another_corpus_make_another_output(tmp_path: Path) -> None:
+    """Groups may be the same, but not the shares of their members, so an interrupted run is not gone on with."""
+    model, texts = condensable(tmp_path, "deepseek"), (corpus(tmp_path / "a", 6), corpus(tmp_path / "b", 7))
+    one, other = (prepare(model, tmp_path / "out", [text], MergeOptions(5))[0].options for text in texts)
+    assert one["counts"] != other["counts"]
+    assert one["counts"] == prepare(model, tmp_path / "out", [texts[0]], MergeOptions(5))[0].options["counts"]

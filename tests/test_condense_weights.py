@@ -10,8 +10,18 @@ import torch
 from checkpoint_tools.condense.published_json import Shape, read_experts, read_order, read_weights
 from checkpoint_tools.condense.texts import read_texts
 from checkpoint_tools.condense.weights import count_weights
+from checkpoint_tools.documents import documents
 from checkpoint_tools.source import open_source
-from tests.condense_cases import KINDS, LENGTH, PUBLISHED, condensable, corpus, moe_blocks, plain_forward
+from tests.condense_cases import (
+    KINDS,
+    LENGTH,
+    PUBLISHED,
+    condensable,
+    corpus,
+    moe_blocks,
+    plain_forward,
+    token_of_last_text,
+)
 from tests.small_models import edit_json, edit_weights, run_tool
 
 DEEPSEEK_16B = Shape(layers=27, experts=64, top_k=6)
@@ -84,6 +94,23 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
     assert "exists; choose another name or pass --overwrite" in capsys.readouterr().err
 
 
+def test_documents_of_the_published_kinds(tmp_path: Path) -> None:
+    """specs/cd_moe.md 3 and 8: the first turn, a text without turns, and LMFlow's file."""
+    from ep_engine.errors import UserError
+
+    lines = [{"turns": ["one", "no"], "text": "no"}, {"turns": [], "text": "two", "url": "x"}]
+    flow = {"type": "text_only", "instances": [{"text": "three"}, {"text": "four"}]}
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "b.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "c.json").write_text(json.dumps(flow, indent=4))
+    found = list(documents([tmp_path / name for name in ("a.jsonl", "b.json", "c.json")]))
+    assert [one.text for one in found] == ["one", "two", "one", "two", "three", "four"]
+    assert (found[-1].file, found[-1].number) == ("c.json", 1)
+    (tmp_path / "c.json").write_text(json.dumps({**flow, "instances": [{"text": "three"}, {"text": 4}]}))
+    with pytest.raises(UserError, match=r"instance 2 of .*c\.json is no JSON object with `content` or `text`"):
+        list(documents([tmp_path / "c.json"]))
+
+
 def test_a_model_or_text_that_cannot_be_counted_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.texts import text_model
 
@@ -108,17 +135,12 @@ def test_a_model_or_text_that_cannot_be_counted_is_refused(tmp_path: Path, capsy
 
 def test_a_value_that_is_not_a_number_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, text = condensable(tmp_path, "deepseek"), corpus(tmp_path)
-    with_words = read_texts(open_source(model), [text], None)
-    only_in_last = set(with_words.ids[-1].tolist()) - {t for ids in with_words.ids[:-1] for t in ids.tolist()}
-    if not only_in_last:  # a word that only one text has
-        (text / "c.jsonl").write_text(json.dumps({"text": "zzz"}) + "\n")
-        with_words = read_texts(open_source(model), [text], None)
-        only_in_last = set(with_words.ids[-1].tolist()) - {t for ids in with_words.ids[:-1] for t in ids.tolist()}
-    token = only_in_last.pop()
+    ids = read_texts(open_source(model), [text], None).ids
+    token = token_of_last_text(ids)
     edit_weights(model, lambda tensors: tensors["model.embed_tokens.weight"][token].fill_(float("nan")))
     assert run_tool("condense", "weights", model, "--corpus", text, "--out", tmp_path / "w.json") == 1
     message = capsys.readouterr().err
-    assert f"attention of layer 0 is not a number in text {len(with_words.ids) - 1} of the corpus" in message
+    assert f"attention of layer 0 is not a number in text {len(ids) - 1} of the corpus" in message
     assert not (tmp_path / "w.json").exists()
 
 
@@ -128,6 +150,11 @@ BAD_WEIGHTS: dict[str, tuple[Any, str]] = {
     "mean": (lambda w: w.update({"0-0": [1.0, 5, 0.3]}), "0-0 is [1.0, 5, 0.3], expected [sum, count, sum / count]"),
     "kind": (lambda w: w.update({"0-0": 0.1}), "0-0 is 0.1, expected"),
     "not a number": (lambda w: w.update({"0-0": [float("nan"), 5, 0.1]}), "expected [sum, count, sum / count]"),
+    "infinite": (lambda w: w.update({"0-0": [float("inf"), 5, float("inf")]}), "0-0 is [inf, 5, inf], expected"),
+    "infinitely many": (lambda w: w.update({"0-0": [1.0, float("inf"), 0.0]}), "0-0 is [1.0, inf, 0.0], expected"),
+    "no count": (lambda w: w.update({"0-0": [1.0, 2.5, 0.4]}), "0-0 is [1.0, 2.5, 0.4], expected"),
+    "too many": (lambda w: w.update({"0-0": [1.0, 1e300, 1e-300]}), "0-0 is [1.0, 1e+300, 1e-300], expected"),
+    "too many for a float": (lambda w: w.update({"0-0": [1.0, 10**400, 0.0]}), "expected [sum, count, sum / count]"),
     "totals": (lambda w: w.update({"2-0": [3.0, w["2-0"][1] + 3, 3 / (w["2-0"][1] + 3)]}), "must have equally many"),
     "top_k": (
         lambda w: w.update({f"{i}-0": [3.0, w[f"{i}-0"][1] + 1, 3 / (w[f"{i}-0"][1] + 1)] for i in range(3)}),

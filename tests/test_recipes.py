@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ep_engine.balance_losses import losses_of
 from ep_engine.config import load_config
 from ep_engine.data.blend import domain_weights, reference_losses
 from ep_engine.layout import check_ranks
@@ -19,6 +20,16 @@ PUBLISHED = {
     "llama_moe_cpt": (112, 4096, 8, 4, 2e-4, 100, 0.1, 1227, 13623),
     "cd_moe_lm": (1, 256, 8, 1, 1e-5, 250, 0.01, 0, 1250),
     "cd_moe_sft": (1, 256, 8, 1, 1e-5, 125, 0.01, 0, 1250),
+}
+
+
+# schedule, floor, second moment, rows, top_t; and balance losses: 0.01 of a sum over layers is as many times that here.
+SETTINGS = {
+    "c2r_lima_qwen": ("cosine", 0.0, 0.999, "padded", 30, {}),
+    "c2r_deita_llama_moe": ("cosine", 0.0, 0.999, "padded", 5, {"importance": 0.01 * 32, "load": 0.01 * 32}),
+    "mollama_pt": ("linear", 0.0, 0.999, "stream", None, {"mutual_information": 0.01 * 8}),
+    "mollama_sft": ("linear", 0.0, 0.999, "padded", None, {"mutual_information": 0.01 * 8}),
+    "llama_moe_cpt": ("cosine", 2e-5, 0.95, "stream", None, {"importance": 0.01 * 32, "load": 0.01 * 32}),
 }
 
 
@@ -43,10 +54,24 @@ def test_recipes_say_what_was_published(name: str) -> None:
     assert (train.steps, train.dtype) == (steps, "bfloat16")
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_recipes_have_the_published_settings(name: str) -> None:
+    (config,) = [load_config(path) for path in CONFIGS if path.stem == name]
+    schedule, floor, beta2, packing, top_t, balance = SETTINGS[name]
+    assert (config.train.schedule, config.train.min_learning_rate, config.train.beta2) == (schedule, floor, beta2)
+    assert (config.train.beta1, config.train.clip_grad_norm, config.data.packing) == (0.9, 1.0, packing)
+    assert (config.routing.rule, config.routing.top_t) == (("c2r", top_t) if top_t else (None, None))
+    assert {name: coefficient for name, (coefficient, _) in losses_of(config.balance).items()} == balance
+    assert config.balance.noise == ("load" in balance)
+
+
 def test_phases_of_a_condensed_model_follow_each_other_and_train_the_same() -> None:
     first, second = (load_config(path) for path in CONFIGS if path.stem in ("cd_moe_lm", "cd_moe_sft"))
     assert second.model.checkpoint == first.output.folder / f"checkpoints/step_{first.train.steps:06d}"
-    assert second.train.trainable == "condensed-experts"
+    # specs/cd_moe.md 8: torch's AdamW, the Trainer's clipping, a line to a floor; warm-up a fifth, then a tenth.
+    train = first.train
+    assert (train.trainable, train.schedule, train.min_learning_rate) == ("condensed-experts", "linear", 5e-6)
+    assert (train.beta1, train.beta2, train.clip_grad_norm, train.warmup_steps) == (0.9, 0.999, 1.0, train.steps // 5)
     assert second.train == first.train.model_copy(update={"warmup_steps": second.train.steps // 10})
     assert (second.balance, second.data.packing) == (first.balance, "padded")
 

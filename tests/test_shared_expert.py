@@ -111,9 +111,12 @@ MIXED = ModelConfig(
         gate_hidden_size=10,
         gate_noise=True,
         score="softmax",
+        score_scale=1.5,
+        learned_scale=True,
         residual_experts=2,
         residual_hidden_size=12,
         residual_scale=2.0,
+        residual_weighting=True,
     ),
     dense_layers={0: 40},
 )
@@ -184,7 +187,7 @@ def test_a_family_without_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
         (CONFIG, "LlamaMoEForCausalLM cannot express moe.score 'softmax' of the model, it would be read as"),
         (
             MIXED,
-            "LlamaMoEResidualForCausalLM cannot express the model (its config.json: moe.gate_hidden_size (0) must be",
+            "LlamaMoEResidualForCausalLM cannot express the model (its config.json: add_weight_norm is True, the ",
         ),
     ):
         tensors = {name: torch.zeros(shape) for name, shape in expected_entries(config).items()}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from checkpoint_tools.source import open_source
 from ep_engine.config import RunConfig, to_toml
 from ep_engine.errors import Fault, UserError
 from ep_engine.resolve import resolve
+from ep_engine.router import Router
 from ep_engine.training import trainer as trainer_file
 from ep_engine.training.guard import GO_BACK, RECENT
 from ep_engine.whole_model import write_model
@@ -177,6 +179,33 @@ def test_steps_that_are_no_numbers_are_left_out_and_counted(folder: Path, monkey
         one, other = weights(config, a), weights(config, b)
         assert all(torch.equal(one[name], other[name]) for name in one) == same
     assert not (config.output.folder / "metrics.jsonl").read_text().count("NaN")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_that_is_left_out_counts_nowhere(ranks: int, folder: Path) -> None:
+    """Weights of one row of the batch are no numbers from step 2 to 3: real NaN in logits, losses and loads."""
+    parallel = {"expert_parallel_size": ranks}
+    sections = {"steps": 4, "skip_steps": 1, "log_every": 2}
+    config = run_of(folder, f"counted {ranks}", parallel, **sections)
+    run_ranks(_with_a_bad_step, config, world_size=ranks)
+    told = lines(config)
+    assert [line.get("skipped_steps", 0) for line in told] == [1, 1]
+    assert not (config.output.folder / "metrics.jsonl").read_text().count("NaN")
+    tokens = config.data.batch_size * config.data.sequence_length
+    assert [sum(line["layers"][0]["load"]) for line in told] == [2 * tokens, 2 * 2 * tokens]  # top-2; one step, two
+
+
+def _with_a_bad_step(rank: int, world_size: int, config: RunConfig) -> None:
+    real = Router.logits
+    steps = count()
+
+    def logits(router: Router, x_TD: Tensor) -> Tensor:
+        found = real(router, x_TD)
+        bad = router.layer == 0 and torch.is_grad_enabled() and next(steps) == 1
+        return found * float("nan") if bad else found
+
+    Router.logits = logits  # type: ignore[method-assign]
+    train_here(config, rank, world_size)
 
 
 def test_too_many_of_them_stop_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from checkpoint_tools.condense.layers import Instead, Kept, read_kept
 from checkpoint_tools.condense.published_json import Shape, read_order
+from checkpoint_tools.condense.unfinished import fingerprint
 from checkpoint_tools.conversion import ToCheckpoint
 from checkpoint_tools.source import Source, check_apart, open_source
 from ep_engine.deferred import Deferred, Tensors
@@ -64,13 +65,16 @@ def prepare(
     config = condensed_config(model.config, kept, chosen, keep_scales=options.keep_scales)
     tensors = _condensed_tensors(model, config, kept, chosen, keep_scales=options.keep_scales)
     largest = max(one.num_bytes for one in tensors.deferred.values())
+    lists = [kept.experts[layer] for layer in chosen]
+    factors = [kept.weight_LE[layer, row].tolist() for layer, row in zip(chosen, lists, strict=True)]
     return ToCheckpoint(
         source=model,
         out=out,
         tool="condense apply",
-        options={**asdict(options), "order": chosen, "lists": [kept.experts[layer] for layer in chosen]},
+        options={**asdict(options), "order": chosen, "lists": lists, "weights": fingerprint(factors)},
         config=config,
         tensors=lambda _: tensors,
+        same_names=False,  # layers and experts are counted anew
         held_bytes=3 * largest,  # in float32, and its parts
         compare=None,
     )

@@ -213,9 +213,9 @@ def run_experts(
     model, world = open_source(folder), World.from_environment()
     weights = read_weights(weights_file, Shape.of(model.config))
     texts = read_texts(model, corpus, options.max_length, options.max_texts)
-    about = {**asdict(options), "fit": options.fit is not None, "model": str(folder.resolve()),
-             "texts": [ids.tolist() for ids in texts.ids], "weights": weights.sum_LE.tolist()}  # fmt: skip
-    unfinished = Unfinished(out, "experts", about, resume=resume)
+    about = {**asdict(options), "fit": options.fit is not None, "texts": [ids.tolist() for ids in texts.ids],
+             "weights": [weights.sum_LE.tolist(), weights.count_LE.tolist()]}  # fmt: skip
+    unfinished = Unfinished(out, "experts", folder, about, resume=resume)
     found = {int(layer): Choice(**choice) for layer, choice in unfinished.found.items()}
     with (
         ranks_of(world, options.timeout_s) as group,

@@ -110,13 +110,15 @@ class Search:
         for layer in range(config.num_layers if sets else 0):
             if config.moe_of(layer) is None:
                 states = self._plain(states, layer)
-                continue
-            index = config.moe_index(layer)
-            below = {frozenset(i for i in one if i < index) for one in sets if index not in one}
-            changed = {frozenset(i for i in one if i < index) for one in sets if index in one}
-            found = self._plain({one: states[one] for one in states if one in below}, layer)
-            of_changed = self._condensed({one: states[one] for one in states if one in changed}, layer)
-            states = found | {one | {index}: x_TD for one, x_TD in of_changed.items()}
+            else:
+                index = config.moe_index(layer)
+                below = {frozenset(i for i in one if i < index) for one in sets if index not in one}
+                changed = {frozenset(i for i in one if i < index) for one in sets if index in one}
+                found = self._plain({one: states[one] for one in states if one in below}, layer)
+                of_changed = self._condensed({one: states[one] for one in states if one in changed}, layer)
+                states = found | {one | {index}: x_TD for one, x_TD in of_changed.items()}
+            if _NOTHING in states:  # the original, which must be numbers; a candidate need not
+                checked(states[_NOTHING], self._texts, f"layer {layer}")
         return {one: normed(x_TD, config, tensors, "norm") for one, x_TD in states.items()}
 
     def _attended(self, states: Mapping[Set, Tensor], layer: int) -> Tensor:
@@ -226,9 +228,9 @@ def run_layers(
         )
     kept = read_kept(files, shape, options.experts, options.instead)
     texts = read_texts(model, corpus, options.max_length, options.max_texts)
-    about = {**asdict(options), "model": str(folder.resolve()), "texts": [ids.tolist() for ids in texts.ids],
-             "experts": kept.experts, "weights": kept.weight_LE.tolist()}  # fmt: skip
-    unfinished = Unfinished(out, "layers", about, resume=resume)
+    about = {**asdict(options), "texts": [ids.tolist() for ids in texts.ids], "experts": kept.experts,
+             "weights": kept.weight_LE.tolist()}  # fmt: skip
+    unfinished = Unfinished(out, "layers", folder, about, resume=resume)
     begun, steps = unfinished.found.get("orders", [[]]), list[float](unfinished.found.get("distances", []))
     with ranks_of(world, options.timeout_s) as group, bar("layers", options.layers, show=world.rank == 0) as advance:
 

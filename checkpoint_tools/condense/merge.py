@@ -21,6 +21,7 @@ from torch import Tensor
 from checkpoint_tools.assignment import Balanced
 from checkpoint_tools.condense.published_json import Shape, read_order
 from checkpoint_tools.condense.texts import Texts, read_texts
+from checkpoint_tools.condense.unfinished import fingerprint
 from checkpoint_tools.condense.weights import routings
 from checkpoint_tools.conversion import ToCheckpoint
 from checkpoint_tools.source import Source, check_apart, open_source
@@ -92,9 +93,14 @@ def prepare(
         source=model,
         out=out,
         tool="condense merge",
-        options={**asdict(options), "groups": {str(layer): one.members for layer, one in groups.items()}},
+        options={
+            **asdict(options),
+            "groups": {str(layer): one.members for layer, one in groups.items()},
+            "counts": fingerprint([one.counts for one in groups.values()]),
+        },
         config=config,
         tensors=lambda _: tensors,
+        same_names=False,  # layers and experts are counted anew
         held_bytes=9 * largest,  # three matrices of two experts in float32, and scores
         compare=None,
     )

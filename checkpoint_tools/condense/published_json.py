@@ -8,7 +8,6 @@ Layers are counted among those with experts. Each is refused if it is not of the
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from ep_engine.model_config import ModelConfig, in_words
 from ep_engine.output import whole_file
 
 _TOLERANCE = 1e-9  # of sum / count, beside what is written as their quotient
+_LARGEST = 1 << 53  # count that float64 holds exactly; no run has as many tokens
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,8 @@ def _check_ids(ids: Any, count: int, where: str, what: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    # Neither NaN nor infinite, nor an integer that no float can hold, of which math.isfinite would raise.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _is_mean(total: float, count: float, mean: float) -> bool:

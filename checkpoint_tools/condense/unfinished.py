@@ -14,20 +14,23 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_tools.condense.published_json import write_json
+from checkpoint_tools.conversion import state_of
 from ep_engine.errors import UserError
 from ep_engine.mesh import World, process_groups
 
 
 class Unfinished:
-    """What an interrupted search has left, if the same search goes on.
+    """What an interrupted search has left, if the same search goes on, with the same model as it is in its folder.
 
     Attributes:
         found: by name; empty for a search that begins.
     """
 
-    def __init__(self, out: Path, tool: str, about: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, out: Path, tool: str, model: Path, about: Mapping[str, Any], *, resume: bool) -> None:
         self._path = out.with_name(f".{out.name}.unfinished")
-        self._about = hashlib.sha256(json.dumps({"tool": tool, **about}).encode()).hexdigest()
+        # Without hidden files, for this one may lie in the folder.
+        state = [one for one in state_of(model) if not Path(one[0]).name.startswith(".")]
+        self._about = fingerprint({"tool": tool, "model": str(model.resolve()), "state": state, **about})
         self.found: dict[str, Any] = {}
         if not resume or not self._path.exists():
             return
@@ -46,6 +49,11 @@ class Unfinished:
     def remove(self) -> None:
         """The output is there."""
         self._path.unlink(missing_ok=True)
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of what JSON can say."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def _read(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
 
 def _write(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
-    if moe is None:
+    if moe is None or model.is_dense:  # all layers condensed, perhaps
         raise UserError("MoLlama has experts in its layers, this model is dense; choose another family with --family")
     config = {f.key: getattr(moe, f.name) for f in _FIELDS}
     config |= {"gate_type": next((theirs for theirs, ours in _GATES.items() if ours == moe.gate), moe.gate)}
