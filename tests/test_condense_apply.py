@@ -66,10 +66,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scales", ["folded", "kept"])
-@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (2, 3), (2, 0), (3, 3)])
+@pytest.mark.parametrize(
+    ("layers", "experts", "scales"), [(1, 2, "folded"), (2, 3, "kept"), (2, 0, "folded"), (3, 3, "kept")]
+)
 def test_a_condensed_checkpoint_computes_what_the_plain_model_does(
-    kind: str, scales: str, layers: int, experts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, layers: int, experts: int, scales: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = condensable(tmp_path, kind)
     given = files(tmp_path, model, [2, 0, 1])
