@@ -177,7 +177,8 @@ class Conversion:
             found = made.tensors[name]
             if found.dtype != wanted.dtype or found.shape != wanted.shape or checksum(found) != checksum(wanted):
                 raise Fault(
-                    f"{_in_words(name)} is not that of {self.source.folder} any more; this is our bug, report it"
+                    f"{_in_words(name)} is not that of {self.source.folder}; unless that was changed meanwhile, this "
+                    "is our bug, report it"
                 )
 
     def _compared(self, made: Source) -> LogitGap:

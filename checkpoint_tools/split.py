@@ -123,7 +123,7 @@ def moe_config(dense: ModelConfig, options: SplitOptions, sizes: list[list[int]]
         raise UserError(
             "the FFNs have biases (mlp_bias is true), which no expert can own; split takes FFNs without biases"
         )
-    if sizes is None and (e < 1 or width % e):
+    if options.num_experts < 1 or (sizes is None and width % e):
         near = [n for n in range(1, min(width, 256) + 1) if width % n == 0]
         best = sorted(sorted(near, key=lambda n: abs(n - e))[:3])
         what = f"--num-experts and --residual-experts ({e} in all)" if options.residual else f"--num-experts ({e})"

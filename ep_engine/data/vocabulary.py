@@ -18,6 +18,8 @@ from ep_engine.errors import UserError
 from ep_engine.model_config import ModelConfig, read_model_config
 from ep_engine.output import whole_file
 
+_SCANNED = 1 << 26  # tokens of a file that says nothing of itself: about a second
+
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Tokens and ids of a tokenizer's folder; None if it has no tokenizer.json.
@@ -38,9 +40,6 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 def hash_of_vocabulary(vocabulary: Mapping[str, int]) -> str:
     """sha256 over tokens and ids."""
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
-
-
-_SCANNED = 1 << 26  # tokens of a file that says nothing of itself: about a second
 
 
 def write_about(prefix: Path, about: Mapping[str, Any]) -> None:
