@@ -184,7 +184,7 @@ class Conversion:
     def _compared(self, made: Source) -> LogitGap:
         tokens = random_tokens(self.source.config, made.config, seed=0)
         before, after = (
-            outputs(one.config, one.tensors, tokens, all_experts=self.all_experts) for one in (self.source, made)
+            dict(outputs(one.config, one.tensors, tokens, all_experts=self.all_experts)) for one in (self.source, made)
         )
         gap = compare_outputs(before, after, TOLERANCE if self.compare is None else self.compare)
         if self.compare is not None and gap.first_difference is not None:

@@ -35,7 +35,7 @@ def expected_entries(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             entries |= _moe_entries(f"{at}.moe", moe, d)
     entries["norm.weight"] = (d,)
     if not config.tie_embeddings:
-        entries["head.weight"] = (v, d)
+        entries["head.weight"] = (config.head_size, d)
     return entries
 
 

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i, positions) for i in here})
         if self.is_last:
             self.norm = RMSNorm(d, config.rms_norm_eps)
-            self.head = None if config.tie_embeddings else nn.Linear(d, v, bias=False)
+            self.head = None if config.tie_embeddings else nn.Linear(d, config.head_size, bias=False)
             self.unembed = Unembed()
 
     def forward(

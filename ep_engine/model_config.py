@@ -255,6 +255,8 @@ class ModelConfig(_Part):
     """Hugging Face's rope parameters; types `default`, `linear` and `llama3` are known."""
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    num_labels: int = 0
+    """What the head tells apart in a classifier of texts, which is converted and not trained; 0: the vocabulary."""
     attention_bias: bool | Literal["qkv"] = False
     """Biases of attention: of all its matrices, or of all but the last, as in Qwen2."""
     qk_norm: Literal["head", "all"] | None = None
@@ -280,6 +282,11 @@ class ModelConfig(_Part):
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}); "
                 "query heads share key heads evenly"
+            )
+        if self.num_labels < 0 or (self.num_labels and self.tie_embeddings):
+            raise ValueError(
+                f"num_labels ({self.num_labels}) must be at least 0, and a head of labels is not the embedding "
+                f"(tie_embeddings {self.tie_embeddings}); correct one of them"
             )
         routing = self.moe.routing if self.moe else RoutingConfig()
         tables = {f"routing.{name}": getattr(routing, name) for name in _BY_LAYER}
@@ -307,6 +314,19 @@ class ModelConfig(_Part):
         if self.moe is not None and count == 0 and not self.condensed:
             raise ValueError("dense_layers names every layer of a model with experts; leave one out, or leave out moe")
         return self
+
+    @property
+    def head_size(self) -> int:
+        """Rows of the head."""
+        return self.num_labels or self.vocab_size
+
+    def check_predicts(self, where: str) -> None:
+        """UserError for a classifier, of which no next token can be asked."""
+        if self.num_labels:
+            raise UserError(
+                f"{where} tells {self.num_labels} labels apart and predicts no token; it can be converted, exported "
+                "and verified: give a language model"
+            )
 
     @property
     def is_dense(self) -> bool:

@@ -372,7 +372,8 @@ def run_tool(command: str, *arguments: object) -> dict[str, Any]:
     line = [sys.executable, "-P", "-m", "checkpoint_tools", command, *map(str, arguments), "--json"]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise Fault(f"checkpoint_tools {command} ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
+        words = done.stderr.strip() or done.stdout.strip()  # `verify` reports what is not the same
+        raise Fault(f"checkpoint_tools {command} ended with status {done.returncode}: {words[-300:]}")
     report: dict[str, Any] = json.loads(done.stdout)
     return report
 

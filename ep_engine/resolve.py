@@ -148,6 +148,7 @@ def resolve_layout(
     """
     check_ranks(config, world_size)
     model = read_model_config(checkpoint / "model.json") if checkpoint else _new_model(config)
+    model.check_predicts(f"model.checkpoint {checkpoint}")
     check_split(config, model)
     check_trained(model, config.train.trainable, config.train.freeze)
     stages = make_stages(config, model)

@@ -13,6 +13,10 @@ from torch import Tensor
 from checkpoint_tools.export import export
 from checkpoint_tools.families import family_of_model
 from checkpoint_tools.source import open_source
+from ep_engine.config import make_config
+from ep_engine.errors import UserError
+from ep_engine.inference.loaded_model import Rule, ruled
+from ep_engine.resolve import resolve
 from tests.small_models import (
     SIZES,
     all_tensors,
@@ -106,7 +110,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "weight norm": (_weights(lambda t: t.update({NORM: torch.ones(1)})), f"holds {NORM}, which"),
     "classifier": (
         _config(architectures=["LlamaMoEForSequenceClassification"]),
-        r"architectures is \['LlamaMoEForSequenceClassification'\], known are",
+        "lacks score.weight; the weight files do not fit config.json",
     ),
     "residual": (
         _config(architectures=["LlamaMoEResidualForCausalLM"]),
@@ -231,6 +235,45 @@ def test_residual_models_have_the_published_keys_and_come_back(use_weighting: bo
     assert run_tool("export", tmp_path / "engine", tmp_path / "back") == 0
     assert_same_bits(all_tensors(folder), all_tensors(tmp_path / "back"))
     assert run_tool("verify", folder, tmp_path / "back") == 0
+
+
+@pytest.mark.parametrize("kind", ["LlamaMoE", "LlamaMoEResidual"])
+def test_classifiers_are_converted_and_not_trained(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import checkpoint_tools.hf_modeling.configuration_llama_moe as configurations
+    import checkpoint_tools.hf_modeling.modeling_llama_moe as models
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**SIZES, "num_experts": 6, "num_selects": 2, "num_labels": 3, "pad_token_id": 0}
+    if kind == "LlamaMoEResidual":
+        sizes |= {"intermediate_size_moe": 36, "intermediate_size_residual": 12}
+    model: Any = getattr(models, f"{kind}ForSequenceClassification")(getattr(configurations, f"{kind}Config")(**sizes))
+    model.save_pretrained(tmp_path / "hf")
+    assert all_tensors(tmp_path / "hf")["score.weight"].shape == (3, 32)
+    assert run_tool("convert", tmp_path / "hf", tmp_path / "engine") == 0
+    assert open_source(tmp_path / "engine").config.num_labels == 3
+    assert run_tool("verify", tmp_path / "hf", tmp_path / "engine") == 0
+    assert run_tool("export", tmp_path / "engine", tmp_path / "back") == 0
+    assert_same_bits(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "back"))
+    assert run_tool("verify", tmp_path / "engine", tmp_path / "back") == 0
+    from transformers import AutoModelForSequenceClassification
+
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "back", trust_remote_code=True)
+    tokens = torch.arange(1, 33).reshape(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits)
+    words = f"{tmp_path / 'engine'} tells 3 labels apart and predicts no token"
+    with pytest.raises(UserError, match=words):
+        ruled(tmp_path / "engine", Rule())
+    data = {"train": "text", "sequence_length": 8, "batch_size": 2}
+    sections = {"model": {"checkpoint": str(tmp_path / "engine")}, "data": data, "train": {"steps": 1}}
+    run = {**sections, "output": {"folder": str(tmp_path / "run")}}
+    with pytest.raises(UserError, match=words):
+        resolve(make_config(run, "a test"), 1)
+    capsys.readouterr()
+    assert run_tool("export", tmp_path / "engine", tmp_path / "other", "--family", "mixtral") == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_residual_layer_is_the_sum_of_the_specification(tmp_path: Path) -> None:

@@ -89,6 +89,24 @@ def test_a_changed_expert_and_its_layer_are_named(
     assert report.endswith("not the same model\n")
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_tie_of_two_experts_is_told_from_a_difference(tie: bool, dense: Path, tmp_path: Path) -> None:
+    """Two experts of layer 1 score the same, or one of them has other weights; then other tokens are tried, or not."""
+    folder = moe_checkpoint(tmp_path / "a", dense, gate="linear")
+    router, fifth = "layers.1.moe.router.w_in", torch.tensor([5])
+    equal = rewrite(folder, tmp_path / "equal", router, lambda w: w.index_copy(0, fifth, w[3:4]))
+    if tie:
+        other = rewrite(equal, tmp_path / "b", router, lambda w: w.index_copy(0, fifth, w[5:6] * (1 + 2**-22)))
+    else:
+        other = rewrite(equal, tmp_path / "b", "layers.1.moe.experts.1.w_up", lambda w: w * 1.1)
+    found = verify(equal, other, logits_alone=True)
+    assert not found.same  # the tie is there whatever the tokens are
+    assert found.first_difference == "layer 1"
+    assert found.ties == ([0, 1] if tie else [])
+    told = [sentence for sentence in found.sentences() if "two experts score the same to the last digits" in sentence]
+    assert len(told) == len(found.ties)
+
+
 def test_a_difference_too_small_for_the_logits_is_still_found(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "engine")
 

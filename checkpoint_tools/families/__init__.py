@@ -6,7 +6,7 @@ from typing import Any
 from checkpoint_tools.families.deepseek import DEEPSEEK_MOE
 from checkpoint_tools.families.family import Family, with_our_code
 from checkpoint_tools.families.llama import FAMILY as LLAMA
-from checkpoint_tools.families.llama_moe import LLAMA_MOE, LLAMA_MOE_RESIDUAL
+from checkpoint_tools.families.llama_moe import CLASSIFIERS, LLAMA_MOE, LLAMA_MOE_RESIDUAL
 from checkpoint_tools.families.mistral import MISTRAL, MIXTRAL
 from checkpoint_tools.families.mollama import MOLLAMA
 from checkpoint_tools.families.olmoe import OLMOE
@@ -16,7 +16,7 @@ from ep_engine.model_config import ModelConfig
 
 FAMILIES = (
     LLAMA, MISTRAL, QWEN2,
-    LLAMA_MOE, LLAMA_MOE_RESIDUAL, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_MOE, OLMOE, MOLLAMA,
+    LLAMA_MOE, LLAMA_MOE_RESIDUAL, *CLASSIFIERS, MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_MOE, OLMOE, MOLLAMA,
 )  # fmt: skip
 # Those that transformers knows, with our code, which computes what theirs does and the rules besides.
 CONSTRAINED = tuple(

@@ -220,6 +220,39 @@ LLAMA_MOE = Family(
     },
 )
 
+
+def _classifier(family: Family) -> Family:
+    """The same with a head of labels, `score`, in the place of that of the vocabulary."""
+    name = family.architecture.removesuffix("ForCausalLM")
+    assert family.read_more is not None and family.write_more is not None  # noqa: PT018
+    read, write = family.read_more, family.write_more
+
+    def read_more(config: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+        labels = config.get("id2label")
+        count = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)  # transformers' default
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise UserError(f"num_labels must be a whole number of at least 1, got {count!r}; correct the file")
+        return {**read(config, model), "num_labels": count}
+
+    def write_more(model: ModelConfig) -> dict[str, Any]:
+        return {**write(model), "num_labels": model.num_labels}
+
+    return replace(
+        family,
+        architecture=f"{name}ForSequenceClassification",
+        own_name=f"{family.model_type}_classifier",
+        transformers_class=f"{_MODELING}:{name}ForSequenceClassification",
+        names=lambda model: {**family.names(model), "head": "score"},
+        more_keys=family.more_keys | {"num_labels"},
+        read_more=read_more,
+        write_more=write_more,
+        auto_map={
+            **{auto: code for auto, code in family.auto_map.items() if auto != "AutoModelForCausalLM"},
+            "AutoModelForSequenceClassification": f"modeling_llama_moe.{name}ForSequenceClassification",
+        },
+    )
+
+
 LLAMA_MOE_RESIDUAL = replace(
     LLAMA_MOE,
     architecture="LlamaMoEResidualForCausalLM",
@@ -241,3 +274,5 @@ LLAMA_MOE_RESIDUAL = replace(
         "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEResidualForCausalLM",
     },
 )
+
+CLASSIFIERS = (_classifier(LLAMA_MOE), _classifier(LLAMA_MOE_RESIDUAL))

@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP, LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama.modeling_llama import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaMLP,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 
 from .configuration_llama_moe import LlamaMoEConfig, LlamaMoEResidualConfig
 from .selection import of_layer, routing_tables, select_experts
@@ -247,4 +253,31 @@ class LlamaMoEResidualForCausalLM(LlamaMoEForCausalLM):
     stack = LlamaMoEResidualModel
 
 
-__all__ = ["LlamaMoEForCausalLM", "LlamaMoEModel", "LlamaMoEResidualForCausalLM", "LlamaMoEResidualModel"]
+class LlamaMoEForSequenceClassification(_LlamaMoELoading, LlamaForSequenceClassification):
+    """The decoder stack and a head of labels, asked at the last token of a text."""
+
+    stack: type[LlamaMoEModel] = LlamaMoEModel
+
+    def __init__(self, config: LlamaMoEConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)  # LlamaForSequenceClassification's own would build a dense model
+        self.num_labels = config.num_labels
+        self.model = self.stack(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class LlamaMoEResidualForSequenceClassification(LlamaMoEForSequenceClassification):
+    """The same with residual experts."""
+
+    config_class = LlamaMoEResidualConfig
+    stack = LlamaMoEResidualModel
+
+
+__all__ = [
+    "LlamaMoEForCausalLM",
+    "LlamaMoEForSequenceClassification",
+    "LlamaMoEModel",
+    "LlamaMoEResidualForCausalLM",
+    "LlamaMoEResidualForSequenceClassification",
+    "LlamaMoEResidualModel",
+]

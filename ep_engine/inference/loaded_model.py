@@ -97,6 +97,7 @@ def loaded(
 def ruled(folder: Path, rule: Rule) -> ModelConfig:
     """The configuration of a checkpoint, under another rule if one is given; UserError as in `loaded`."""
     config, name = read_model_config(folder / "model.json"), rule.rule or ""
+    config.check_predicts(str(folder))
     given = {"--rule": rule.rule, "--profile": rule.profile, "--placement": rule.placement}
     if config.is_dense:
         for option, value in given.items():
