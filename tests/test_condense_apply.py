@@ -67,7 +67,8 @@ def folder_bytes(folder: Path) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("layers", "experts", "scales"), [(1, 2, "folded"), (2, 3, "kept"), (2, 0, "folded"), (3, 3, "kept")]
+    ("layers", "experts", "scales"),
+    [(1, 2, "folded"), (1, 2, "kept"), (2, 3, "kept"), (2, 0, "folded"), (3, 3, "folded")],
 )
 def test_a_condensed_checkpoint_computes_what_the_plain_model_does(
     kind: str, layers: int, experts: int, scales: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -175,7 +175,7 @@ def test_encoding_refusals(tokenizer_folder: Path, tmp_path: Path) -> None:
     source.write_bytes(b"\xff")
     with pytest.raises(UserError, match="would hold 0 tokens"):
         encode_files([source], tokenizer_folder, out)
-    with pytest.raises(UserError, match=r"nowhere holds no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"nowhere holds none of tokenizer\.json"):
         encode_files([source], tmp_path / "nowhere", out)
 
     damaged = tmp_path / "damaged"

@@ -212,7 +212,7 @@ def test_bf16_routes_in_fp32(tmp_path: Path) -> None:
 
 
 BAD_CONFIGS = {
-    "no softmax": ({"gate_use_softmax": False}, "gate_use_softmax is False, this modeling file computes only True"),
+    "no scores": ({"multiply_gate_scores": False}, "multiply_gate_scores is False, this modeling file computes only T"),
     "many selected": ({"num_selects": 9}, r"num_selects \(9\) must be in 1..num_experts \(8\)"),
     "small T": ({"top_t": 0}, "needs collaborative_list and top_t in 1..7, got top_t 0"),
     "T is E": ({"top_t": 8}, "needs collaborative_list and top_t in 1..7, got top_t 8"),
