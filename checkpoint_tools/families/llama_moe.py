@@ -1,4 +1,4 @@
-"""LLaMA-MoE v1 and C2R: the names and fields of the published models, and of those with residual experts.
+"""LLaMA-MoE v1 and C2R: the names and fields of the published models, with residual experts, and of classifiers.
 
 Names: state dict of the released checkpoints. Fields `top_t` and `collaborative_list` are C2R's; `routing_rule`,
 `max_devices`, `device_of_expert`, `num_groups`, `dense_layers` and `attention_output_bias` are ours and missing in
@@ -220,6 +220,28 @@ LLAMA_MOE = Family(
     },
 )
 
+LLAMA_MOE_RESIDUAL = replace(
+    LLAMA_MOE,
+    architecture="LlamaMoEResidualForCausalLM",
+    model_type="llama_moe_residual",
+    transformers_class=f"{_MODELING}:LlamaMoEResidualForCausalLM",
+    names=_residual_names,
+    fixed={
+        **_FIXED,
+        "gate_use_softmax_residual": (True, True),
+        "multiply_gate_scores_residual": (True, True),
+        "add_weight_norm": (False, False),
+    },
+    more_keys=LLAMA_MOE.more_keys | {f.key for f in _RESIDUAL_FIELDS} | {"size_experts_residual"},
+    read_more=_read_residual,
+    write_more=_write_residual,
+    auto_map={
+        "AutoConfig": "configuration_llama_moe.LlamaMoEResidualConfig",
+        "AutoModel": "modeling_llama_moe.LlamaMoEResidualModel",
+        "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEResidualForCausalLM",
+    },
+)
+
 
 def _classifier(family: Family) -> Family:
     """The same with a head of labels, `score`, in the place of that of the vocabulary."""
@@ -252,27 +274,5 @@ def _classifier(family: Family) -> Family:
         },
     )
 
-
-LLAMA_MOE_RESIDUAL = replace(
-    LLAMA_MOE,
-    architecture="LlamaMoEResidualForCausalLM",
-    model_type="llama_moe_residual",
-    transformers_class=f"{_MODELING}:LlamaMoEResidualForCausalLM",
-    names=_residual_names,
-    fixed={
-        **_FIXED,
-        "gate_use_softmax_residual": (True, True),
-        "multiply_gate_scores_residual": (True, True),
-        "add_weight_norm": (False, False),
-    },
-    more_keys=LLAMA_MOE.more_keys | {f.key for f in _RESIDUAL_FIELDS} | {"size_experts_residual"},
-    read_more=_read_residual,
-    write_more=_write_residual,
-    auto_map={
-        "AutoConfig": "configuration_llama_moe.LlamaMoEResidualConfig",
-        "AutoModel": "modeling_llama_moe.LlamaMoEResidualModel",
-        "AutoModelForCausalLM": "modeling_llama_moe.LlamaMoEResidualForCausalLM",
-    },
-)
 
 CLASSIFIERS = (_classifier(LLAMA_MOE), _classifier(LLAMA_MOE_RESIDUAL))
