@@ -5,8 +5,8 @@
 A folder of the shape of LLaMA-2-7B with random weights in bfloat16, in two shards; --gib N takes fewer of its layers.
 For every tool, in turns: the conversion, and `cp --reflink=never` of as many bytes with an fsync of every file: of its
 source, or, where it is much larger, of its output. Files leave the page cache before each of them. Checksums are on;
-the logits check, which reads everything a second time, is not, unless --checked. Memory is what processes have of
-their own (RssAnon and RssShmem), sampled.
+the check of weights and logits, which reads everything a second time, is not, unless --checked. Memory is what
+processes have of their own (RssAnon and RssShmem), sampled.
 
     convert   Hugging Face -> engine        split     16 experts, random
     export    split model -> Hugging Face   upcycle   4 experts of half an FFN each
